@@ -1,0 +1,40 @@
+// y[m, n] = sum_k x[m, perm[k]] * w[n, k] + bias[n]        w = dequantized weight; weight-only quantization
+//
+// x     [M, K] float32, float16, bfloat16 or float64, row stride in elements, columns contiguous
+// w     packed [N, K], any format, mixed width, zeros or offsets, perm
+// bias  [N] of x's dtype, or null
+// y     [M, N] of x's dtype, row stride in elements; written whole
+// Accumulation: float64 x in double; the others in float32, rounded once to x's dtype at the end. With c the middle code
+// (levels - 1) / 2 of the segment's format rounded up, o = w's value at code c, s the scale, every kernel keeps
+//   |y - y64| <= eps32 * (K / 8 + 16) * sum_k |x| (|s (q - c)| + |o|)  +  eps_x * |y64|
+// where y64 is the same sum in double over the float32 dequantized weights, eps32 = 2^-24, eps_x = dtype_epsilon(x).
+// M, N, K may be 0 (K = 0 gives y = bias); nothing need divide anything.
+// Errors: std::invalid_argument for inconsistent sizes, missing arrays, perm out of range, a workspace that is too small.
+// Threads: parallel over N. The result does not depend on the number of threads.
+// Workspace: linear_workspace_bytes() bytes, 64-byte aligned, content ignored.
+#pragma once
+#include "subbyte/formats/packed_matrix.h"
+
+namespace subbyte {
+
+struct LinearParams {
+  const void* x = nullptr;
+  DType dtype = DType::kF32;  // of x, bias and y
+  int64_t m = 0;
+  int64_t x_stride = 0;
+  PackedMatrix w;
+  const void* bias = nullptr;
+  void* y = nullptr;
+  int64_t y_stride = 0;
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+int64_t linear_workspace_bytes(const LinearParams& p);
+void linear(const LinearParams& p);
+
+namespace reference {
+// Rows [n_begin, n_end) of the weight, all of M; double accumulation.
+void linear_rows(const LinearParams& p, int64_t n_begin, int64_t n_end) noexcept;
+}  // namespace reference
+
+}  // namespace subbyte

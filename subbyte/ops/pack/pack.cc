@@ -1,0 +1,58 @@
+#include "subbyte/ops/pack/pack.h"
+
+#include "subbyte/base/error.h"
+#include "subbyte/base/parallel_for.h"
+
+namespace subbyte {
+namespace {
+
+void check_sizes(const char* op, const RowLayout& layout, int64_t n, int64_t k, int64_t stride, bool pointers) {
+  check_arg(n >= 0 && k >= 0, op, ": codes are [", n, ", ", k, "], expected sizes of at least 0");
+  check_arg(layout.k == k, op, ": the format describes ", layout.k, " columns, the codes have K = ", k);
+  check_arg(n <= 1 || stride >= k, op, ": row stride ", stride, " is below K = ", k);
+  check_arg(n == 0 || k == 0 || pointers, op, ": codes or packed bytes are missing");
+}
+
+void check_codes(const PackParams& p) {
+  for (int i = 0; i < p.layout.segment_count; ++i) {
+    const Segment& s = p.layout.segments[i];
+    const unsigned levels = unsigned(format_levels(s.format));
+    if (levels == 256) continue;
+    for (int64_t n = 0; n < p.n; ++n) {
+      const uint8_t* row = p.unpacked + n * p.unpacked_stride + s.k_begin;
+      unsigned worst = 0;  // branch-free so that it vectorises; the position is only looked for on failure
+      for (int64_t k = 0; k < s.k_count; ++k) worst = row[k] > worst ? row[k] : worst;
+      if (worst < levels) continue;
+      for (int64_t k = 0; k < s.k_count; ++k)
+        check_arg(row[k] < levels, "pack: code ", int(row[k]), " at [", n, ", ", s.k_begin + k, "] is outside ",
+                  format_name(s.format), ", expected below ", levels);
+    }
+  }
+}
+
+}  // namespace
+
+void pack(const PackParams& p) {
+  check_sizes("pack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+  check_codes(p);
+  parallel_for(p.n, max_i64(1, 65536 / max_i64(1, p.k)), [&](int64_t begin, int64_t end) {
+    PackParams part = p;
+    part.n = end - begin;
+    part.unpacked += begin * p.unpacked_stride;
+    part.packed += begin * p.layout.row_bytes;
+    reference::pack(part);
+  });
+}
+
+void unpack(const UnpackParams& p) {
+  check_sizes("unpack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+  parallel_for(p.n, max_i64(1, 65536 / max_i64(1, p.k)), [&](int64_t begin, int64_t end) {
+    UnpackParams part = p;
+    part.n = end - begin;
+    part.unpacked += begin * p.unpacked_stride;
+    part.packed += begin * p.layout.row_bytes;
+    reference::unpack(part);
+  });
+}
+
+}  // namespace subbyte

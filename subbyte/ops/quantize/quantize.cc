@@ -1,0 +1,79 @@
+#include "subbyte/ops/quantize/quantize.h"
+
+#include <atomic>
+#include <cmath>
+
+#include "subbyte/base/error.h"
+#include "subbyte/base/parallel_for.h"
+
+namespace subbyte {
+namespace {
+
+int64_t rows_grain(int64_t k) { return max_i64(1, 16384 / max_i64(1, k)); }
+
+void check_values(const QuantizeParams& p, const char* op) {
+  std::atomic<int64_t> bad_row{-1};
+  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      bool finite = true;
+      for (int64_t k = 0; k < p.out.k; ++k) finite = finite && std::isfinite(load_float(p.w, p.w_dtype, n * p.w_stride + k));
+      if (!finite) bad_row.store(n);
+    }
+  });
+  const int64_t n = bad_row.load();
+  if (n < 0) return;
+  for (int64_t k = 0; k < p.out.k; ++k) {
+    const float v = load_float(p.w, p.w_dtype, n * p.w_stride + k);
+    check_arg(std::isfinite(v), op, ": w[", n, ", ", k, "] is ", v, ", expected finite values");
+  }
+}
+
+void check_common(const QuantizeParams& p, const PackedMatrix& o, const char* op) {
+  validate(o, op);
+  check_arg(o.n <= 1 || p.w_stride >= o.k, op, ": row stride ", p.w_stride, " is below K = ", o.k);
+  if (o.n == 0 || o.k == 0) return;
+  check_arg(p.w != nullptr && p.codes != nullptr, op, ": w or codes are missing");
+  validate_perm(o, op);
+  check_values(p, op);
+}
+
+}  // namespace
+
+Scheme scheme_from_name(std::string_view name) {
+  if (name == "minmax") return Scheme::kMinMax;
+  if (name == "absmax") return Scheme::kAbsMax;
+  if (name == "absmean") return Scheme::kAbsMean;
+  throw std::invalid_argument(detail::concat("scheme '", name, "' is unknown, expected minmax, absmax or absmean"));
+}
+
+Rounding rounding_from_name(std::string_view name) {
+  if (name == "nearest") return Rounding::kNearest;
+  if (name == "stochastic") return Rounding::kStochastic;
+  throw std::invalid_argument(detail::concat("rounding '", name, "' is unknown, expected nearest or stochastic"));
+}
+
+void quantize(const QuantizeParams& params) {
+  QuantizeParams p = params;
+  p.out.codes = p.codes;
+  p.out.scales = p.scales;
+  p.out.zeros = p.zeros;
+  check_arg((p.scheme == Scheme::kMinMax) == (p.out.zero_kind != ZeroKind::kFixed),
+            "quantize: scheme minmax needs zeros or offsets, absmax and absmean need neither");
+  check_common(p, p.out, "quantize");
+  std::atomic<bool> fits{true};
+  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) {
+    if (!reference::choose_rows(p, begin, end)) fits.store(false);
+    else reference::encode_rows(p, begin, end);
+  });
+  check_arg(fits.load(), "quantize: a scale or offset overflows ", dtype_name(p.out.scale_dtype),
+            ", expected weights within its range");
+}
+
+void encode(const QuantizeParams& p) {
+  QuantizeParams q = p;
+  q.out.codes = p.codes;
+  check_common(q, q.out, "encode");
+  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) { reference::encode_rows(q, begin, end); });
+}
+
+}  // namespace subbyte
