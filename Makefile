@@ -1,0 +1,55 @@
+# The commands of the README. Each installs what it needs first (tools/setup.sh).
+TORCH_VERSION ?= 2.11.0
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+STAGES ?=
+DEMO_ARGS ?=
+
+VENV := .venv/torch-$(TORCH_VERSION)
+TORCH_BUILD := build/torch-$(TORCH_VERSION)
+export TORCH_VERSION PYTHON JOBS
+
+.PHONY: help setup test demo core torch bench format clean
+
+help:
+	@echo 'make demo     quantize SmolLM2-135M, measure it, write demo_output/report.html (DEMO_ARGS=--quick for a minute-long run)'
+	@echo 'make test     everything that must hold: checks, tests in C++ and Python, sanitizers, fuzzing, packaging, CUDA compilation'
+	@echo '              TORCH_VERSION=2.15.0 tests against another PyTorch; STAGES="core python" runs some stages only'
+	@echo 'make core     the edit-test loop of the core: build it and run its tests'
+	@echo 'make torch    build the LibTorch layer for the PyTorch of $(VENV)'
+	@echo 'make bench    subbyte bench: the limits of this machine, then the operations as shares of them'
+	@echo 'make format   clang-format over all C++ and CUDA sources'
+	@echo 'make setup    only install what the others need'
+	@echo 'make clean    remove build/ (.venv/ stays)'
+
+setup:
+	@tools/setup.sh
+
+test: setup
+	@$(VENV)/bin/python tools/run_tests.py $(STAGES)
+
+demo: torch
+	@cmake --preset core >/dev/null
+	@cmake --build build/core --target subbyte run_checkpoint -j $(JOBS)
+	@$(VENV)/bin/python -m examples.demo $(DEMO_ARGS)
+
+core: setup
+	@cmake --preset core >/dev/null
+	@cmake --build build/core --target core_tests -j $(JOBS)
+	@build/core/subbyte/core_tests --gtest_brief=1
+
+torch: setup
+	@cmake --preset torch -B $(TORCH_BUILD) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -DCMAKE_PREFIX_PATH="$$($(VENV)/bin/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" >/dev/null
+	@cmake --build $(TORCH_BUILD) -j $(JOBS)
+
+bench: setup
+	@cmake --preset core >/dev/null
+	@cmake --build build/core --target subbyte -j $(JOBS)
+	@build/core/subbyte/cli/subbyte bench
+
+format:
+	@git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' '*.inc' | xargs clang-format-14 -i
+
+clean:
+	rm -rf build

@@ -1,0 +1,284 @@
+"""Runs every stage of `make test` and adds up what they counted.
+
+    python tools/run_tests.py            all stages
+    python tools/run_tests.py core cli   these only
+
+Each stage prints one line: its verdict, its counts, its time. What its commands print goes to build/test-logs/<stage>.log, and the end of
+that to the screen when the stage fails. The last line is '<N> passed, <M> failed, <K> skipped'; the exit status is 1 when M is not 0.
+
+A stage is a function with @stage that returns a Count or calls Run.check (one command = one test), Run.gtest and Run.pytest (counted
+from the XML they write). A build that fails, a program that crashes before writing its XML, a missing script: one failed test.
+"""
+
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "build" / "test-logs"
+TORCH_VERSION = os.environ.get("TORCH_VERSION", "2.11.0")
+JOBS = os.environ.get("JOBS") or str(os.cpu_count() or 2)
+PYTHON = sys.executable  # of the virtual environment: the Makefile calls it so
+TORCH_BUILD = ROOT / "build" / f"torch-{TORCH_VERSION}"
+FUZZ_SECONDS = os.environ.get("FUZZ_SECONDS", "10")
+STAGE_TIMEOUT_S = 2400
+
+
+@dataclass
+class Count:
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other):
+        return Count(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self):
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+class StageFailure(Exception):
+    pass
+
+
+class Run:
+    """Runs the commands of one stage, logs them, counts their tests."""
+
+    def __init__(self, name):
+        LOGS.mkdir(parents=True, exist_ok=True)
+        self.name = name
+        self.log_path = LOGS / f"{name}.log"
+        self.log = open(self.log_path, "w", buffering=1)
+        self.reasons = []  # why tests were skipped, for the verdict line
+
+    def command(self, *argv, env=None, cwd=ROOT):
+        """Exit status of a command, its output in the log."""
+        argv = [str(a) for a in argv]
+        self.log.write(f"\n$ {' '.join(argv)}\n")
+        try:
+            done = subprocess.run(argv, cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=self.log,
+                                  stderr=subprocess.STDOUT, timeout=STAGE_TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self.log.write(f"{error}\n")
+            return 127
+        return done.returncode
+
+    def must(self, *argv, **kwargs):
+        """A step without which the rest of the stage makes no sense."""
+        if self.command(*argv, **kwargs):
+            raise StageFailure(" ".join(str(a) for a in argv)[:90])
+
+    def check(self, *argv, **kwargs):
+        """One command is one test."""
+        return Count(failed=1) if self.command(*argv, **kwargs) else Count(passed=1)
+
+    def build(self, preset, *targets, build_dir=None, options=()):
+        build_dir = build_dir or ROOT / "build" / preset
+        self.must("cmake", "--preset", preset, "-B", build_dir, *options)
+        self.must("cmake", "--build", build_dir, "-j", JOBS, *(("--target", *targets) if targets else ()))
+        return build_dir
+
+    def counted(self, xml_path, argv, **kwargs):
+        xml_path.unlink(missing_ok=True)
+        status = self.command(*argv, **kwargs)
+        try:
+            cases = list(xml.etree.ElementTree.parse(xml_path).iter("testcase"))
+        except (OSError, xml.etree.ElementTree.ParseError):
+            raise StageFailure(f"{Path(argv[0]).name} ended with status {status} and wrote no results") from None
+        count = Count()
+        for case in cases:
+            if case.find("failure") is not None or case.find("error") is not None:
+                count.failed += 1
+            elif case.find("skipped") is not None or case.get("result") == "skipped":
+                count.skipped += 1
+                if (skip := case.find("skipped")) is not None and skip.get("message"):
+                    self.reasons.append(skip.get("message").strip().splitlines()[-1])
+            elif case.get("status", "run") == "run":  # gtest lists disabled tests as "notrun"
+                count.passed += 1
+        if status and not count.failed:  # a crash after the last test, a leak report of a sanitizer
+            count.failed += 1
+        if not count.passed + count.failed + count.skipped:
+            raise StageFailure(f"{Path(argv[0]).name} ran no test")
+        return count
+
+    def gtest(self, program, *args, **kwargs):
+        xml_path = LOGS / f"{self.name}-{Path(program).name}.xml"
+        return self.counted(xml_path, [program, "--gtest_brief=1", f"--gtest_output=xml:{xml_path}", *args], **kwargs)
+
+    def pytest(self, *args, env=None):
+        xml_path = LOGS / f"{self.name}-pytest.xml"
+        argv = [PYTHON, "-m", "pytest", "-q", "-rs", "--durations=10", f"--junitxml={xml_path}", *args]
+        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_BUILD_DIR": str(TORCH_BUILD)}
+        return self.counted(xml_path, argv, env={**paths, **(env or {})})
+
+
+STAGES = {}
+
+
+def stage(function):
+    STAGES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+# --- the stages, cheap ones first ----------------------------------------------------------------------------------------------------
+
+
+@stage
+def format(run):
+    """clang-format leaves every source as it is."""
+    sources = subprocess.run(["git", "ls-files", "*.h", "*.cc", "*.cpp", "*.cu", "*.cuh", "*.inc"], cwd=ROOT, check=True,
+                             capture_output=True, text=True).stdout.split()
+    return run.check("clang-format-14", "--dry-run", "--Werror", *sources)
+
+
+@stage
+def layering(run):
+    """No part includes what stands above it."""
+    return run.check(PYTHON, "tools/check_layering.py")
+
+
+@stage
+def golden(run):
+    """The golden vectors are what their independent generator makes."""
+    return run.check(PYTHON, "tools/make_golden.py", "--check")
+
+
+@stage
+def core(run):
+    """Core: build, tests."""
+    return run.gtest(run.build("core") / "subbyte" / "core_tests")
+
+
+@stage
+def isa_objects(run):
+    """Kernels of one instruction set leak no code into the rest of the program."""
+    return run.check(PYTHON, "tools/check_isa_objects.py", run.build("core", "subbyte_core"))
+
+
+@stage
+def cli(run):
+    """The subbyte program."""
+    run.build("core", "subbyte")
+    return run.pytest("tests/cli", "tests/io")
+
+
+@stage
+def core_asan(run):
+    """Core tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    return run.gtest(run.build("core-asan", "core_tests") / "subbyte" / "core_tests")
+
+
+@stage
+def fuzz(run):
+    """Every fuzz target: its kept corpus, then some seconds of new inputs."""
+    build_dir = run.build("fuzz")
+    count = Count()
+    targets = sorted(p for p in (build_dir / "subbyte").iterdir() if p.name.endswith("_fuzz") and p.is_file())
+    if not targets:
+        raise StageFailure("no fuzz target was built")
+    for target in targets:
+        corpus = ROOT / "testdata" / "fuzz" / target.name
+        kept = sorted(corpus.iterdir()) if corpus.is_dir() else []
+        if not kept:
+            raise StageFailure(f"{corpus.relative_to(ROOT)} holds no corpus")
+        count += run.check(target, "-runs=0", corpus)
+        found = build_dir / "found" / target.name
+        found.mkdir(parents=True, exist_ok=True)
+        count += run.check(target, f"-max_total_time={FUZZ_SECONDS}", "-rss_limit_mb=2048", "-timeout=10",
+                           f"-artifact_prefix={found}/", found, corpus)
+    return count
+
+
+def build_torch(run):
+    prefix = subprocess.run([PYTHON, "-c", "import torch; print(torch.utils.cmake_prefix_path)"], check=True, capture_output=True,
+                            text=True).stdout.strip()
+    return run.build("torch", build_dir=TORCH_BUILD, options=[f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPython_EXECUTABLE={PYTHON}"])
+
+
+@stage
+def torch(run):
+    """LibTorch layer: build, tests in C++."""
+    return run.gtest(build_torch(run) / "subbyte_torch" / "torch_tests")
+
+
+@stage
+def python(run):
+    """Operators and the Python package."""
+    build_torch(run)
+    return run.pytest("tests/torch", "tests/python")
+
+
+@stage
+def package(run):
+    """A separate CMake project finds the installed package; the wheel installs and imports without a compiler."""
+    build_torch(run)
+    return run.pytest("tests/package")
+
+
+@stage
+def cuda(run):
+    """The CUDA kernels compile; what of their tests needs no device passes."""
+    nvcc = next((p for p in cuda_compilers() if os.access(p, os.X_OK)), None)
+    if nvcc is None:
+        run.reasons.append("no nvcc, and PyPI gave none")
+        return Count(skipped=1)
+    options = [f"-DSB_NVCC={nvcc}", f"-DCUDAToolkit_ROOT={nvcc.parent.parent}"]
+    build_dir = run.build("cuda", "subbyte_cuda", "cuda_tests", options=options)
+    return run.gtest(build_dir / "subbyte" / "cuda_tests")
+
+
+def cuda_compilers():
+    for folder in os.environ["PATH"].split(os.pathsep):
+        yield Path(folder) / "nvcc"
+    yield Path("/usr/local/cuda/bin/nvcc")
+    yield ROOT / ".venv" / f"torch-{TORCH_VERSION}" / "cuda" / "nvidia" / "cu13" / "bin" / "nvcc"
+
+
+@stage
+def demo(run):
+    """The demo, shortened: one window of text, fewer settings."""
+    build_torch(run)
+    run.build("core", "subbyte", "run_checkpoint")
+    return run.pytest("tests/demo")
+
+
+# -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def main(names):
+    unknown = [n for n in names if n not in STAGES]
+    if unknown:
+        sys.exit(f"no stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
+    names = names or list(STAGES)
+    width = max(map(len, names))
+    print(f"PyTorch {TORCH_VERSION}, {JOBS} jobs, logs in build/test-logs/", flush=True)
+    total, began = Count(), time.monotonic()
+    for name in names:
+        print(f"{name:{width}}  ", end="", flush=True)
+        run, start, problem = Run(name), time.monotonic(), ""
+        try:
+            count = STAGES[name](run)
+        except StageFailure as failure:
+            count, problem = Count(failed=1), str(failure)
+        run.log.close()
+        total += count
+        verdict = "FAILED" if count.failed else "ok" if count.passed else "skipped"
+        print(f"{verdict:7}  {count}  ({time.monotonic() - start:.0f} s)", flush=True)
+        for reason in sorted(set(run.reasons)):
+            print(f"{'':{width}}    skipped, {run.reasons.count(reason)} times: {reason}")
+        if count.failed:
+            if problem:
+                print(f"    {problem}")
+            tail = run.log_path.read_text(errors="replace").splitlines()[-60:]
+            print("    | " + "\n    | ".join(tail), flush=True)
+    print(f"{time.monotonic() - began:.0f} s")
+    print(total, flush=True)
+    return 1 if total.failed or not total.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
