@@ -17,6 +17,9 @@ struct DequantizeParams {
   int64_t out_stride = 0;
 };
 void dequantize(const DequantizeParams& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_sizes(const DequantizeParams& p);
 
 namespace reference {
 void dequantize_rows(const DequantizeParams& p, int64_t row_begin, int64_t row_end) noexcept;

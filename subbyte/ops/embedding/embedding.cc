@@ -6,12 +6,18 @@
 
 namespace subbyte {
 
-void embedding(const EmbeddingParams& p) {
+bool check_sizes(const EmbeddingParams& p) {
   validate(p.table, "embedding");
   check_arg(p.count >= 0, "embedding: ", p.count, " indices, expected at least 0");
   check_arg(p.count <= 1 || p.out_stride >= p.table.k, "embedding: row stride ", p.out_stride, " is below K = ", p.table.k);
-  if (p.count == 0) return;
+  if (p.count == 0) return false;
   check_arg(p.indices != nullptr, "embedding: indices are missing");
+  check_arg(p.table.k == 0 || p.out != nullptr, "embedding: out is missing");
+  return true;
+}
+
+void embedding(const EmbeddingParams& p) {
+  if (!check_sizes(p)) return;
   auto index = [&](int64_t i) {
     return p.indices_are_int64 ? static_cast<const int64_t*>(p.indices)[i] : static_cast<const int32_t*>(p.indices)[i];
   };
@@ -20,7 +26,6 @@ void embedding(const EmbeddingParams& p) {
       throw std::out_of_range(detail::concat("embedding: index ", index(i), " at position ", i,
                                              " is outside the table, expected 0 <= index < ", p.table.n));
   if (p.table.k == 0) return;
-  check_arg(p.out != nullptr, "embedding: out is missing");
   parallel_for(p.count, max_i64(1, 16384 / p.table.k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       // One row of the table as a matrix of its own, written to row i of out.

@@ -20,5 +20,8 @@ struct EmbeddingParams {
   int64_t out_stride = 0;
 };
 void embedding(const EmbeddingParams& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when there is no index to look up; a table without columns still has its indices checked.
+bool check_sizes(const EmbeddingParams& p);
 
 }  // namespace subbyte

@@ -31,6 +31,9 @@ struct LinearParams {
 };
 int64_t linear_workspace_bytes(const LinearParams& p);
 void linear(const LinearParams& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_sizes(const LinearParams& p);
 
 namespace reference {
 // Rows [n_begin, n_end) of the weight, all of M; double accumulation.

@@ -34,6 +34,9 @@ struct LinearA8Params {
 };
 int64_t linear_a8_workspace_bytes(const LinearA8Params& p);
 void linear_a8(const LinearA8Params& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_sizes(const LinearA8Params& p);
 
 namespace reference {
 // The whole op, one thread, double float part.

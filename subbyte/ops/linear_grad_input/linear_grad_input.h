@@ -24,6 +24,9 @@ struct LinearGradInputParams {
 };
 int64_t linear_grad_input_workspace_bytes(const LinearGradInputParams& p);
 void linear_grad_input(const LinearGradInputParams& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_sizes(const LinearGradInputParams& p);
 
 namespace reference {
 // Stored columns [k_begin, k_end), all of M; double accumulation.

@@ -6,11 +6,12 @@
 namespace subbyte {
 namespace {
 
-void check_sizes(const char* op, const RowLayout& layout, int64_t n, int64_t k, int64_t stride, bool pointers) {
+bool check_sizes(const char* op, const RowLayout& layout, int64_t n, int64_t k, int64_t stride, bool pointers) {
   check_arg(n >= 0 && k >= 0, op, ": codes are [", n, ", ", k, "], expected sizes of at least 0");
   check_arg(layout.k == k, op, ": the format describes ", layout.k, " columns, the codes have K = ", k);
   check_arg(n <= 1 || stride >= k, op, ": row stride ", stride, " is below K = ", k);
   check_arg(n == 0 || k == 0 || pointers, op, ": codes or packed bytes are missing");
+  return n != 0 && k != 0;
 }
 
 void check_codes(const PackParams& p) {
@@ -32,8 +33,16 @@ void check_codes(const PackParams& p) {
 
 }  // namespace
 
+bool check_sizes(const PackParams& p) {
+  return check_sizes("pack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+}
+
+bool check_sizes(const UnpackParams& p) {
+  return check_sizes("unpack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+}
+
 void pack(const PackParams& p) {
-  check_sizes("pack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+  if (!check_sizes(p)) return;
   check_codes(p);
   parallel_for(p.n, max_i64(1, 65536 / max_i64(1, p.k)), [&](int64_t begin, int64_t end) {
     PackParams part = p;
@@ -45,7 +54,7 @@ void pack(const PackParams& p) {
 }
 
 void unpack(const UnpackParams& p) {
-  check_sizes("unpack", p.layout, p.n, p.k, p.unpacked_stride, p.unpacked != nullptr && p.packed != nullptr);
+  if (!check_sizes(p)) return;
   parallel_for(p.n, max_i64(1, 65536 / max_i64(1, p.k)), [&](int64_t begin, int64_t end) {
     UnpackParams part = p;
     part.n = end - begin;

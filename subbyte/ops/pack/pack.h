@@ -32,6 +32,11 @@ struct UnpackParams {
 };
 void unpack(const UnpackParams& p);
 
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_sizes(const PackParams& p);
+bool check_sizes(const UnpackParams& p);
+
 namespace reference {
 void pack(const PackParams& p) noexcept;
 void unpack(const UnpackParams& p) noexcept;

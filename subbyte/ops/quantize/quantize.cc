@@ -28,13 +28,26 @@ void check_values(const QuantizeParams& p, const char* op) {
   }
 }
 
-void check_common(const QuantizeParams& p, const PackedMatrix& o, const char* op) {
+bool check_common(const QuantizeParams& p, const PackedMatrix& o, const char* op) {
   validate(o, op);
   check_arg(o.n <= 1 || p.w_stride >= o.k, op, ": row stride ", p.w_stride, " is below K = ", o.k);
-  if (o.n == 0 || o.k == 0) return;
+  if (o.n == 0 || o.k == 0) return false;
   check_arg(p.w != nullptr && p.codes != nullptr, op, ": w or codes are missing");
-  validate_perm(o, op);
-  check_values(p, op);
+  return true;
+}
+
+// The views whose codes, scales and zeros are the outputs.
+QuantizeParams with_outputs(const QuantizeParams& p) {
+  QuantizeParams q = p;
+  q.out.codes = p.codes;
+  q.out.scales = p.scales;
+  q.out.zeros = p.zeros;
+  return q;
+}
+QuantizeParams with_codes(const QuantizeParams& p) {
+  QuantizeParams q = p;
+  q.out.codes = p.codes;
+  return q;
 }
 
 }  // namespace
@@ -52,14 +65,19 @@ Rounding rounding_from_name(std::string_view name) {
   throw std::invalid_argument(detail::concat("rounding '", name, "' is unknown, expected nearest or stochastic"));
 }
 
-void quantize(const QuantizeParams& params) {
-  QuantizeParams p = params;
-  p.out.codes = p.codes;
-  p.out.scales = p.scales;
-  p.out.zeros = p.zeros;
+bool check_quantize_sizes(const QuantizeParams& p) {
   check_arg((p.scheme == Scheme::kMinMax) == (p.out.zero_kind != ZeroKind::kFixed),
             "quantize: scheme minmax needs zeros or offsets, absmax and absmean need neither");
-  check_common(p, p.out, "quantize");
+  return check_common(p, with_outputs(p).out, "quantize");
+}
+
+bool check_encode_sizes(const QuantizeParams& p) { return check_common(p, with_codes(p).out, "encode"); }
+
+void quantize(const QuantizeParams& params) {
+  if (!check_quantize_sizes(params)) return;
+  const QuantizeParams p = with_outputs(params);
+  validate_perm(p.out, "quantize");
+  check_values(p, "quantize");
   std::atomic<bool> fits{true};
   parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) {
     if (!reference::choose_rows(p, begin, end)) fits.store(false);
@@ -69,11 +87,12 @@ void quantize(const QuantizeParams& params) {
             ", expected weights within its range");
 }
 
-void encode(const QuantizeParams& p) {
-  QuantizeParams q = p;
-  q.out.codes = p.codes;
-  check_common(q, q.out, "encode");
-  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) { reference::encode_rows(q, begin, end); });
+void encode(const QuantizeParams& params) {
+  if (!check_encode_sizes(params)) return;
+  const QuantizeParams p = with_codes(params);
+  validate_perm(p.out, "encode");
+  check_values(p, "encode");
+  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) { reference::encode_rows(p, begin, end); });
 }
 
 }  // namespace subbyte

@@ -55,6 +55,10 @@ struct QuantizeParams {
 void quantize(const QuantizeParams& p);
 // scales and zeros of `out` are read; only `codes` is written.
 void encode(const QuantizeParams& p);
+// The checks of the entry that need no content: sizes, strides, missing arrays. Shared by the CPU and CUDA entries.
+// False when the result is empty and there is nothing to do.
+bool check_quantize_sizes(const QuantizeParams& p);
+bool check_encode_sizes(const QuantizeParams& p);
 
 namespace reference {
 // Rows [row_begin, row_end). quantize: false when a scale overflows scale_dtype (the caller reports it).

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "subbyte/ops/quantize/choose_rule.h"
 #include "subbyte/ops/quantize/code_rule.h"
 #include "subbyte/ops/quantize/quantize.h"
 
@@ -23,7 +24,6 @@ bool choose_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) no
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * o.group_size, end = min_i64(begin + o.group_size, o.k), i = n * groups + g;
       const Format f = segment_of(o.layout, begin).format;
-      const float top = float(format_levels(f) - 1), fixed = format_fixed_zero(f);
       float lo = value_at(p, n, begin), hi = lo;
       double magnitude = 0;
       for (int64_t k = begin; k < end; ++k) {
@@ -32,38 +32,12 @@ bool choose_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) no
         hi = v > hi ? v : hi;
         magnitude += std::fabs(double(v));
       }
-      float scale = 0, zero = 0;
-      switch (p.scheme) {
-        case Scheme::kMinMax:
-          if (o.zero_kind == ZeroKind::kZeros) {
-            lo = lo > 0 ? 0 : lo;
-            hi = hi < 0 ? 0 : hi;
-          }
-          scale = (hi - lo) / top;
-          break;
-        case Scheme::kAbsMax: {
-          const float up = hi / (top - fixed), down = -lo / fixed;
-          scale = up > down ? up : down;
-          break;
-        }
-        case Scheme::kAbsMean: {
-          const float mean = float(magnitude / double(end - begin));
-          if (f == Format::kSign) scale = 2 * mean;
-          else if (f == Format::kTernary) scale = mean;
-          else scale = 2 * mean / std::sqrt(float((1 << (format_bits(f) - 1)) - 1));
-          break;
-        }
-      }
+      const float scale = choose_scale(p.scheme, o.zero_kind, f, lo, hi, magnitude, end - begin);
       store_float(p.scales, o.scale_dtype, i, scale);
       const float stored = load_float(p.scales, o.scale_dtype, i);
       finite = finite && std::isfinite(stored);
-      if (o.zero_kind == ZeroKind::kOffsets) {
-        zero = lo;
-      } else if (o.zero_kind == ZeroKind::kZeros) {
-        zero = stored == 0 ? 0 : std::fmin(std::fmax(std::rint(-lo / stored), 0.0f), top);
-      }
       if (p.zeros != nullptr) {
-        store_float(p.zeros, o.zero_dtype, i, zero);
+        store_float(p.zeros, o.zero_dtype, i, choose_zero(o.zero_kind, f, lo, stored));
         finite = finite && std::isfinite(load_float(p.zeros, o.zero_dtype, i));
       }
     }
