@@ -7,20 +7,27 @@
 
 namespace subbyte {
 
-// Scale before it is rounded to its dtype. lo, hi: smallest and largest value, of equal ones (-0 and +0) the first;
+// Scale before it is rounded to its dtype; a zero is +0. lo, hi: smallest and largest value, either zero of equal ones;
 // magnitude: sum of |v| in double, in stored order; count: values of the group.
 SB_HD float choose_scale(Scheme scheme, ZeroKind kind, Format f, float lo, float hi, double magnitude, int64_t count) {
   const float top = float(format_levels(f) - 1), fixed = format_fixed_zero(f);
+  lo += 0.0f;  // -0 becomes +0, so that the order in which a kernel meets the two cannot show
+  hi += 0.0f;
   switch (scheme) {
-    case Scheme::kMinMax:
+    case Scheme::kMinMax: {
       if (kind == ZeroKind::kZeros) {
         lo = lo > 0 ? 0 : lo;
         hi = hi < 0 ? 0 : hi;
       }
-      return (hi - lo) / top;
+      const float scale = (hi - lo) / top;
+      if (kind != ZeroKind::kOffsets) return scale;
+      // Weights that come from float16 scales lie on a grid that the division can miss by one unit in the last place.
+      const float near = f16_to_float(float_to_f16(scale)), reached = near * top;
+      return reached + lo == hi ? near : scale;
+    }
     case Scheme::kAbsMax: {
       const float up = hi / (top - fixed), down = -lo / fixed;
-      return up > down ? up : down;
+      return (up > down ? up : down) + 0.0f;
     }
     case Scheme::kAbsMean: {
       const float mean = float(magnitude / double(count));
@@ -34,10 +41,10 @@ SB_HD float choose_scale(Scheme scheme, ZeroKind kind, Format f, float lo, float
 
 // Zero or offset before it is rounded to its dtype; `stored` is the scale after it was rounded to its own.
 SB_HD float choose_zero(ZeroKind kind, Format f, float lo, float stored) {
-  if (kind == ZeroKind::kOffsets) return lo;
+  if (kind == ZeroKind::kOffsets) return lo + 0.0f;
   if (kind == ZeroKind::kFixed || stored == 0) return 0;
   lo = lo > 0 ? 0 : lo;
-  return fminf(fmaxf(rintf(-lo / stored), 0.0f), float(format_levels(f) - 1));
+  return fminf(fmaxf(rintf(-lo / stored), 0.0f), float(format_levels(f) - 1)) + 0.0f;
 }
 
 }  // namespace subbyte

@@ -8,7 +8,8 @@
 
 namespace subbyte {
 
-// `element` is n * K + stored column. Values must be finite.
+// `element` is (first_row + n) * K + stored column. Total: NaN gives code 0, an infinity
+// the end of the range, so that a device, which cannot refuse such values, still does the same everywhere.
 SB_HD uint32_t code_of(float v, float scale, float zero, ZeroKind kind, Format f, Rounding rounding, uint64_t seed,
                        uint64_t offset, uint64_t element) {
   const float top = float(format_levels(f) - 1);

@@ -3,19 +3,22 @@
 //
 // choose (per row n and group g, over the values v of the group, float32; hi/lo = max/min of v, 2^b = levels of the format):
 //   kMinMax   scale = (hi - lo) / (levels - 1);
-//             kOffsets: offset = lo;   kZeros: zero = clamp(rint(-lo / scale), 0, levels - 1) with lo, hi first extended to
-//             contain 0, so that zero is a code (GPTQ's asymmetric grid). kFixed is refused.
+//             kOffsets: offset = lo, and the scale rounded to float16 is taken instead where it too carries the top code to hi
+//             exactly (scale * (levels - 1) + lo == hi in float32): weights that lie on a float16 grid, as those of a GGUF
+//             file do, get that grid back bit for bit. kZeros: zero = clamp(rint(-lo / scale), 0, levels - 1) with lo, hi first
+//             extended to contain 0, so that zero is a code (GPTQ's asymmetric grid). kFixed is refused.
 //   kAbsMax   the smallest scale that clips nothing around the fixed zero z: max(hi / (levels - 1 - z), -lo / z). kFixed only.
 //   kAbsMean  sign: 2 * mean|v|; ternary: mean|v| (BitNet b1.58, Ma et al. 2024); uint b: 2 * mean|v| / sqrt(2^(b-1) - 1)
 //             (LSQ, Esser et al. 2020, section 2.1). kFixed only. The mean is formed in double.
-//   The scale (and offset, zero) is rounded to its storage dtype first; codes are chosen on the rounded grid.
-//   A group whose values are all equal gets scale 0 under kMinMax with offsets (the offset is exact); an all-zero group
-//   gets scale 0 otherwise. Codes of a group of scale 0 are rint(zero), 0 with offsets.
+//   A scale, zero or offset that is zero is +0. The scale (and offset, zero) is rounded to its storage dtype first; codes are
+//   chosen on the rounded grid. A group whose values are all equal gets scale 0 under kMinMax with offsets (the offset is
+//   exact); an all-zero group gets scale 0 otherwise. Codes of a group of scale 0 are rint(zero), 0 with offsets.
 // encode: t = (v - offset) / scale, or v / scale + zero, two float32 operations;
 //   nearest     code = clamp(rint(t), 0, levels - 1)                              ties to even
 //   stochastic  code = clamp(floor(t) + (u < t - floor(t)), 0, levels - 1)        u = uniform24(philox_word(seed, offset, e)),
-//               e = n * K + k with k the *stored* column: unbiased inside the range, a function of its arguments alone.
-//   sign and nearest: code = 1 if v >= 0 (the fixed-zero rule with ties up: sign(0) = +1).
+//               e = (first_row + n) * K + k with k the *stored* column: unbiased inside the range, a function of its arguments
+//               alone.
+//   sign, fixed zero and nearest: code = 1 if t >= 1/2, so ties go up: sign(0) = +1.
 //
 // w [N, K] float32, float16, bfloat16 or float64 (rounded to float32), row stride in elements. perm as in PackedMatrix:
 // stored column k is w[:, perm[k]]. Outputs: codes [N, row_bytes], scales and zeros [N, G], all written whole.
@@ -50,6 +53,9 @@ struct QuantizeParams {
   Scheme scheme = Scheme::kMinMax;
   Rounding rounding = Rounding::kNearest;
   uint64_t seed = 0, offset = 0;
+  // Row 0 of w is row first_row of the matrix that the random bits are counted over: a matrix encoded in blocks of rows, or
+  // in shards, gets the bits of one call.
+  uint64_t first_row = 0;
 };
 // out.codes/scales/zeros are ignored; the results go to codes, scales, zeros (null when out.zero_kind is kFixed).
 void quantize(const QuantizeParams& p);

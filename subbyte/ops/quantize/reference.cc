@@ -56,7 +56,7 @@ void encode_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) no
         const int64_t stored = s.k_begin + k, i = n * groups + stored / o.group_size;
         const uint32_t code =
             code_of(value_at(p, n, stored), load_float(o.scales, o.scale_dtype, i), group_zero(o, s.format, i), o.zero_kind,
-                    s.format, p.rounding, p.seed, p.offset, uint64_t(n) * uint64_t(o.k) + uint64_t(stored));
+                    s.format, p.rounding, p.seed, p.offset, (p.first_row + uint64_t(n)) * uint64_t(o.k) + uint64_t(stored));
         set_code(row + s.byte_begin, k, format_bits(s.format), code);
       }
     }
