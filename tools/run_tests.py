@@ -130,15 +130,13 @@ def stage(function):
 @stage
 def format(run):
     """clang-format leaves every source as it is."""
-    sources = subprocess.run(["git", "ls-files", "*.h", "*.cc", "*.cpp", "*.cu", "*.cuh", "*.inc"], cwd=ROOT, check=True,
-                             capture_output=True, text=True).stdout.split()
-    return run.check("clang-format-14", "--dry-run", "--Werror", *sources)
+    return run.check("tools/check_format.sh") + run.check("tools/check_format.sh", "--self-test")
 
 
 @stage
 def layering(run):
     """No part includes what stands above it."""
-    return run.check(PYTHON, "tools/check_layering.py")
+    return run.check(PYTHON, "tools/check_layers.py") + run.check(PYTHON, "tools/check_layers.py", "--self-test")
 
 
 @stage
@@ -156,7 +154,8 @@ def core(run):
 @stage
 def isa_objects(run):
     """Kernels of one instruction set leak no code into the rest of the program."""
-    return run.check(PYTHON, "tools/check_isa_objects.py", run.build("core", "subbyte_core"))
+    return (run.check(PYTHON, "tools/check_isa_objects.py", run.build("core", "subbyte_core"))
+            + run.check(PYTHON, "tools/check_isa_objects.py", "--self-test"))
 
 
 @stage
