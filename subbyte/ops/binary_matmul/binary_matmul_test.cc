@@ -1,0 +1,165 @@
+#include "subbyte/ops/binary_matmul/binary_matmul.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "subbyte/base/cpu_features.h"
+#include "subbyte/base/parallel_for.h"
+#include "subbyte/formats/bits.h"
+#include "subbyte/ops/binary_matmul/kernels.h"
+
+namespace subbyte {
+namespace {
+
+struct Case {
+  int64_t batch, m, n, k;
+  DType dtype = DType::kF32;
+  bool bits = false;
+};
+
+std::vector<uint8_t> values(int64_t count, DType t, unsigned seed) {
+  std::mt19937 r(seed);
+  std::vector<uint8_t> out(size_t(count * dtype_bytes(t)) + 8);
+  for (int64_t i = 0; i < count; ++i) {
+    const int v = int(r() % 9) - 4;  // zeros of both signs among them
+    store_double(out.data(), t, i, v == 0 ? (r() % 2 != 0 ? 0.0 : -0.0) : double(v));
+  }
+  return out;
+}
+
+std::vector<uint8_t> run(const Case& c, bool reference, unsigned seed = 1) {
+  const std::vector<uint8_t> x = values(c.batch * c.m * c.k, c.dtype, seed), z = values(c.batch * c.n * c.k, c.dtype, seed + 1);
+  std::mt19937 r(seed + 2);
+  std::vector<uint8_t> bits(size_t(c.n * stream_bytes(c.k, 1)) + 1);
+  for (uint8_t& b : bits) b = uint8_t(r());  // the spare bits are garbage on purpose
+  const int64_t count = c.batch * c.m * c.n;
+  std::vector<uint8_t> y(size_t((count + 16) * dtype_bytes(c.dtype)));
+  for (int64_t i = 0; i < count + 16; ++i) store_double(y.data(), c.dtype, i, std::numeric_limits<double>::quiet_NaN());
+  BinaryMatmulParams p;
+  p.x = x.data();
+  if (c.bits) p.z_bits = bits.data();
+  else p.z = z.data();
+  p.y = y.data();
+  p.dtype = c.dtype;
+  p.batch = c.batch;
+  p.m = c.m;
+  p.n = c.n;
+  p.k = c.k;
+  p.x_stride = p.z_stride = c.k;
+  p.x_batch_stride = c.m * c.k;
+  p.z_batch_stride = c.n * c.k;
+  p.y_stride = c.n;
+  p.y_batch_stride = c.m * c.n;
+  p.scale = 0.37f;
+  if (reference) {
+    reference::binary_matmul(p);
+  } else {
+    std::vector<uint8_t> memory(size_t(binary_matmul_workspace_bytes(p)) + 64, 0xff);
+    p.workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    p.workspace_bytes = binary_matmul_workspace_bytes(p);
+    binary_matmul(p);
+  }
+  for (int64_t i = count; i < count + 16; ++i) EXPECT_TRUE(std::isnan(load_double(y.data(), c.dtype, i))) << "wrote past y";
+  return y;
+}
+
+TEST(BinaryMatmul, EveryPathGivesTheReferencesBits) {
+  int tried = 0;
+  for (int isa = 0; isa <= int(detected_isa()); ++isa) {
+    ScopedIsa forced{Isa(isa)};
+    for (bool bits : {false, true})
+      for (const auto& [m, n, k] : {std::tuple<int, int, int>{1, 1, 1},
+                                    {2, 4, 8},
+                                    {3, 5, 127},
+                                    {33, 35, 512},
+                                    {1, 64, 513},
+                                    {4, 4, 4099},
+                                    {2, 3, 9000},
+                                    {3, 2, 0},
+                                    {0, 2, 4},
+                                    {2, 0, 4}}) {
+        const Case c{2, m, n, k, DType::kF32, bits};
+        ASSERT_EQ(run(c, false), run(c, true)) << isa_name(Isa(isa)) << " " << m << "x" << n << "x" << k << " bits " << bits;
+        ++tried;
+      }
+  }
+  EXPECT_GE(tried, 20);
+}
+
+TEST(BinaryMatmul, TakesEveryDtype) {
+  for (DType t : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64}) {
+    const Case c{2, 5, 9, 300, t};
+    EXPECT_EQ(run(c, false), run(c, true)) << dtype_name(t);
+  }
+}
+
+TEST(BinaryMatmul, SignOfBothZerosIsPlusOne) {
+  const float x[2] = {0.0f, -0.0f}, z[2] = {1.0f, 1.0f};
+  float y = 0;
+  alignas(64) uint8_t memory[512];
+  BinaryMatmulParams p;
+  p.x = x;
+  p.z = z;
+  p.y = &y;
+  p.m = p.n = 1;
+  p.k = p.x_stride = p.z_stride = 2;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  EXPECT_EQ(y, 2.0f);
+}
+
+TEST(BinaryMatmul, NanMarksItsRowAndItsColumnOnly) {
+  float x[6] = {1, 2, 3, 4, NAN, 6}, z[4] = {NAN, 1, 1, 1}, y[6];
+  alignas(64) uint8_t memory[1024];
+  BinaryMatmulParams p;
+  p.x = x;
+  p.z = z;
+  p.y = y;
+  p.m = 3;
+  p.n = p.k = p.x_stride = p.z_stride = p.y_stride = 2;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  for (int m = 0; m < 3; ++m)
+    for (int n = 0; n < 2; ++n) EXPECT_EQ(std::isnan(y[m * 2 + n]), m == 2 || n == 0);
+}
+
+TEST(BinaryMatmul, DoesNotDependOnTheNumberOfThreads) {
+  const Case c{3, 40, 100, 700};
+  set_num_threads(1);
+  const auto one = run(c, false);
+  set_num_threads(3);
+  EXPECT_EQ(run(c, false), one);
+}
+
+TEST(BinaryMatmul, RefusesWhatItCannotMean) {
+  float v = 1;
+  uint8_t b = 1;
+  BinaryMatmulParams p;
+  p.m = p.n = p.k = 1;
+  p.x = p.y = &v;
+  EXPECT_THROW(binary_matmul(p), std::invalid_argument);  // neither z nor z_bits
+  p.z = &v;
+  p.z_bits = &b;
+  EXPECT_THROW(binary_matmul(p), std::invalid_argument);  // both
+  p.z_bits = nullptr;
+  EXPECT_THROW(binary_matmul(p), std::invalid_argument);  // no workspace
+  p.n = -1;
+  EXPECT_THROW(binary_matmul(p), std::invalid_argument);
+}
+
+TEST(BinaryMatmulSelection, IsAPureFunctionOfTheInstructionSet) {
+  EXPECT_STREQ(select_binary_matmul_kernel(Isa::kScalar).name, "binary_matmul_reference");
+#if defined(__x86_64__)
+  EXPECT_STREQ(select_binary_matmul_kernel(Isa::kAvx512).name, "binary_matmul_avx2");
+  EXPECT_STREQ(select_binary_matmul_kernel(Isa::kAvx512Vnni).name, "binary_matmul_avx512_vnni");
+#endif
+}
+
+}  // namespace
+}  // namespace subbyte
