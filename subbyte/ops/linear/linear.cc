@@ -1,11 +1,93 @@
 #include "subbyte/ops/linear/linear.h"
 
+#include <algorithm>
+#include <array>
+#include <limits>
+
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
+#include "subbyte/ops/linear/kernels.h"
 
 namespace subbyte {
+namespace {
 
-int64_t linear_workspace_bytes(const LinearParams&) { return 0; }
+constexpr LinearKernel kTable[] = {
+#define SB_LINEAR_KERNEL(name, isa, form, lanes, row_step, max_m) \
+  {#name, Isa::isa, LinearForm::form, lanes, row_step, max_m, name##_prepare, name##_multiply},
+#include "subbyte/ops/linear/kernels.inc"
+#undef SB_LINEAR_KERNEL
+    {"linear_reference", Isa::kScalar, LinearForm::kReference, 1, 1, std::numeric_limits<int64_t>::max(), nullptr, nullptr},
+};
+
+// Work below which a second thread costs more than it saves, in multiply-adds.
+constexpr int64_t kMinChunkWork = 1 << 17;
+
+int64_t padded(int64_t floats) { return round_up(floats, 16); }  // 64-byte steps
+
+// Everything that follows from the shapes: kernels and where things lie in the workspace, in floats.
+struct Plan {
+  bool reference = false;
+  std::array<const LinearKernel*, RowLayout::kMaxSegments> kernel{};
+  std::array<int64_t, RowLayout::kMaxSegments> x{}, sums{}, sums_stride{}, lane_groups{};  // -1: not there
+  int64_t out = -1, bias = -1, floats = 0;
+};
+
+Plan make_plan(const LinearParams& p, Isa isa) {
+  Plan plan;
+  const auto take = [&plan](int64_t floats) {
+    const int64_t at = plan.floats;
+    plan.floats += padded(floats);
+    return at;
+  };
+  plan.reference = p.dtype == DType::kF64 || p.w.k == 0 || p.m <= 0 || p.w.n <= 0;
+  for (int i = 0; i < p.w.layout.segment_count && !plan.reference; ++i) {
+    const Segment& s = p.w.layout.segments[i];
+    const LinearKernel& kernel = select_linear_kernel(p.m, s.format, p.w.group_size, s.k_count, p.dtype, isa);
+    plan.kernel[i] = &kernel;
+    plan.reference = kernel.form == LinearForm::kReference;
+  }
+  if (plan.reference) return plan;
+  for (int i = 0; i < p.w.layout.segment_count; ++i) {
+    const Segment& s = p.w.layout.segments[i];
+    const LinearKernel& kernel = *plan.kernel[i];
+    plan.sums[i] = plan.lane_groups[i] = -1;
+    if (kernel.form == LinearForm::kTile) {
+      plan.x[i] = take(p.m * s.k_count);
+      continue;
+    }
+    const int64_t block = int64_t(kernel.lanes) * lane_codes(format_bits(s.format)), k = round_up(s.k_count, block);
+    const int64_t groups = ceil_div(s.k_count, p.w.group_size);
+    plan.x[i] = take(p.m * k);
+    if (p.w.zero_kind != ZeroKind::kFixed || format_fixed_zero(s.format) != float(format_centre(s.format))) {
+      plan.sums_stride[i] = padded(groups);
+      plan.sums[i] = take(p.m * plan.sums_stride[i]);
+    }
+    if (groups > 1 && p.w.group_size % block != 0) plan.lane_groups[i] = take(k / lane_codes(format_bits(s.format)));
+  }
+  if (p.dtype != DType::kF32) {
+    plan.out = take(p.m * p.w.n);
+    if (p.bias != nullptr) plan.bias = take(p.w.n);
+  }
+  return plan;
+}
+
+}  // namespace
+
+std::span<const LinearKernel> linear_kernels() { return kTable; }
+
+bool linear_kernel_serves(const LinearKernel& kernel, Format format, int64_t group_size, int64_t k, DType dtype) {
+  if (kernel.form == LinearForm::kReference) return true;
+  if (dtype == DType::kF64) return false;
+  return kernel.form == LinearForm::kTile || group_size >= k || group_size % lane_codes(format_bits(format)) == 0;
+}
+
+const LinearKernel& select_linear_kernel(int64_t m, Format format, int64_t group_size, int64_t k, DType dtype, Isa isa) {
+  for (const LinearKernel& kernel : kTable)
+    if (kernel.isa <= isa && m <= kernel.max_m && linear_kernel_serves(kernel, format, group_size, k, dtype)) return kernel;
+  return kTable[std::size(kTable) - 1];
+}
+
+int64_t linear_workspace_bytes(const LinearParams& p) { return make_plan(p, active_isa()).floats * 4; }
 
 bool check_sizes(const LinearParams& p) {
   validate(p.w, "linear");
@@ -20,7 +102,68 @@ bool check_sizes(const LinearParams& p) {
 void linear(const LinearParams& p) {
   if (!check_sizes(p)) return;
   validate_perm(p.w, "linear");
-  parallel_for(p.w.n, 1, [&](int64_t begin, int64_t end) { reference::linear_rows(p, begin, end); });
+  const Plan plan = make_plan(p, active_isa());
+  if (plan.reference) {
+    const int64_t grain = max_i64(1, kMinChunkWork / 64 / max_i64(1, p.m * p.w.k));
+    parallel_for(p.w.n, grain, [&](int64_t begin, int64_t end) { reference::linear_rows(p, begin, end); });
+    return;
+  }
+  check_arg(p.workspace_bytes >= plan.floats * 4 && p.workspace != nullptr, "linear: the workspace has ", p.workspace_bytes,
+            " bytes, expected linear_workspace_bytes() = ", plan.floats * 4);
+
+  float* const workspace = static_cast<float*>(p.workspace);
+  const int segments = p.w.layout.segment_count;
+  std::array<WeightSegment, RowLayout::kMaxSegments> weights;
+  std::array<LinearInput, RowLayout::kMaxSegments> inputs;
+  int64_t row_step = 1;
+  for (int i = 0; i < segments; ++i) {
+    weights[i] = weight_segment(p.w, i);
+    LinearInput& in = inputs[i];
+    in.x = p.x;
+    in.dtype = p.dtype;
+    in.m = p.m;
+    in.x_stride = p.x_stride;
+    in.perm = p.w.perm;
+    in.prepared = workspace + plan.x[i];
+    if (plan.sums[i] >= 0) in.sums = workspace + plan.sums[i];
+    in.sums_stride = plan.sums_stride[i];
+    if (plan.lane_groups[i] >= 0) in.lane_groups = reinterpret_cast<int32_t*>(workspace + plan.lane_groups[i]);
+    row_step = max_i64(row_step, plan.kernel[i]->row_step);
+  }
+  parallel_for(p.m, max_i64(1, kMinChunkWork / p.w.k), [&](int64_t begin, int64_t end) {
+    for (int i = 0; i < segments; ++i) plan.kernel[i]->prepare(weights[i], inputs[i], begin, end);
+  });
+
+  LinearOutput out;
+  const bool rounds = p.dtype != DType::kF32;
+  out.out = rounds ? workspace + plan.out : static_cast<float*>(p.y);
+  out.stride = rounds ? p.w.n : p.y_stride;
+  const float* bias = static_cast<const float*>(p.bias);
+  if (rounds && p.bias != nullptr) {
+    float* copy = workspace + plan.bias;
+    for (int64_t n = 0; n < p.w.n; ++n) copy[n] = load_float(p.bias, p.dtype, n);
+    bias = copy;
+  }
+  const int64_t steps = ceil_div(p.w.n, row_step), grain = max_i64(1, kMinChunkWork / (row_step * p.m * p.w.k));
+  parallel_for(steps, grain, [&](int64_t begin, int64_t end) {
+    const int64_t n_begin = begin * row_step, n_end = min_i64(end * row_step, p.w.n);
+    for (int i = 0; i < segments; ++i) {
+      LinearOutput o = out;
+      o.accumulate = i > 0;
+      o.bias = i + 1 == segments ? bias : nullptr;
+      plan.kernel[i]->multiply(weights[i], inputs[i], o, n_begin, n_end);
+    }
+    if (!rounds) return;
+    for (int64_t m = 0; m < p.m; ++m) {
+      const float* from = out.out + m * out.stride;
+      uint16_t* to = static_cast<uint16_t*>(p.y) + m * p.y_stride;
+      if (p.dtype == DType::kBF16) {
+        for (int64_t n = n_begin; n < n_end; ++n) to[n] = float_to_bf16(from[n]);
+      } else {
+        for (int64_t n = n_begin; n < n_end; ++n) to[n] = float_to_f16(from[n]);
+      }
+    }
+  });
 }
 
 }  // namespace subbyte
