@@ -49,7 +49,7 @@ bench: setup
 	@build/core/subbyte/cli/subbyte bench
 
 format:
-	@git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' '*.inc' | xargs clang-format-14 -i
+	@git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' | xargs clang-format-14 -i
 
 clean:
 	rm -rf build

@@ -134,7 +134,7 @@ def format(run):
 
 
 @stage
-def layering(run):
+def layers(run):
     """No part includes what stands above it."""
     return run.check(PYTHON, "tools/check_layers.py") + run.check(PYTHON, "tools/check_layers.py", "--self-test")
 
