@@ -1,14 +1,16 @@
 // y[m, n] = sum_k xq[m, k] * xs[m, .] * w[n, k] + bias[n]        x quantized to int8 on the way in, integer dot products
 //
 // Quantization of x, per row (kRow) or per row and weight group (kRowGroup), float32, on x rounded to float32, columns in
-// stored order (x[m, perm[k]]):  a = max|x| over the row or group;  xs = a / 127;  xq = rint(x * (127 / a)) in [-127, 127]; a =
-// 0 gives xs = 0, xq = 0. The same bits on every path. A NaN or infinity in a row makes that whole row of y NaN.
-//   BitNet b1.58 (Ma et al. 2024) uses the per-row form.
+// stored order (x[m, perm[k]]):  a = max|x| over the row or group;  xs = a / 127;  xq = rint(x * (127 / a)) in [-127, 127]; a
+// below 2^-120 (where 127 / a leaves float32) counts as 0: xs = 0, xq = 0. The same bits on every path. A NaN or infinity in a
+// row makes that whole row of y NaN.  BitNet b1.58 (Ma et al. 2024) uses the per-row form.
 // Products: d[m,n,g] = sum_{k in g} xq * (q - c), c as in linear.h, exact in int32 (no saturation anywhere) and
 // e[m,g] = sum_{k in g} xq exact in int32; then in float32
 //   y = sum_g xs * (s[n,g] * d + o[n,g] * e) + bias        o = the weight's value at code c
-// Error of the float32 part against the same formula in double: eps32 * (2 G + 8) * sum_g |xs| (|s d| + |o e|) + eps_x |y64|.
-// Integer sums hold for K below 2^31 / (127 * 255) = 66 000 columns a group; larger groups are cut, exactly.
+// A kernel may round parts of d before it adds them (one for each vector lane), so the float32 part is held to
+//   |y - y64| <= eps32 * (2 G + 16) * (sum_g |xs| (|s| sum_{k in g} |xq (q - c)| + |o e|) + |bias|) + eps_x |y64|
+// against the same formula in double; where all products and sums are integers below 2^24 it is exact.
+// Groups of more than 131072 columns leave int32 and are computed by the reference, which sums in int64.
 //
 // x [M, K], bias [N], y [M, N] float32, float16 or bfloat16 (float64 is refused), strides as in linear.
 // M, N, K may be 0; nothing need divide anything. Errors, threads, workspace as in linear.
@@ -16,6 +18,9 @@
 #include "subbyte/formats/packed_matrix.h"
 
 namespace subbyte {
+
+// Magnitudes of x below this count as 0.
+inline constexpr float kLinearA8SmallestX = 0x1p-120f;
 
 enum class ActivationScale : uint8_t { kRow, kRowGroup };
 

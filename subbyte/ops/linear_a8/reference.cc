@@ -21,6 +21,7 @@ void linear_a8(const LinearA8Params& p) {
       const bool by_row = p.x_scale == ActivationScale::kRow;
       float a = 0;
       for (int64_t k = by_row ? 0 : begin; k < (by_row ? w.k : end); ++k) a = std::fmax(a, std::fabs(x_at(k)));
+      if (a < kLinearA8SmallestX) a = 0;
       xs[size_t(g)] = a / 127.0f;
       const float inverse = a > 0 ? 127.0f / a : 0.0f;
       for (int64_t k = begin; k < end; ++k)
