@@ -7,8 +7,8 @@ namespace subbyte::cuda {
 void check(cudaError_t status, const char* op) {
   if (status == cudaSuccess) [[likely]]
     return;
-  throw DeviceError(detail::concat(op, ": CUDA error ", int(status), " (", cudaGetErrorName(status),
-                                   "): ", cudaGetErrorString(status)));
+  throw DeviceError(
+      detail::concat(op, ": CUDA error ", int(status), " (", cudaGetErrorName(status), "): ", cudaGetErrorString(status)));
 }
 
 const DeviceInfo& device_info() {

@@ -1,7 +1,8 @@
 // dequantize and embedding: a thread decodes eight codes of one column run and steps through rows, so that group and permuted
 // columns are found once; sixteen (float16, bfloat16) or thirty-two bytes (float32) leave it at a time, neighbours adjacent.
-// One launch a segment, width and output type template arguments. Limited by the bytes written: 2 to 4 a value against b/8 read.
-// A run that crosses a group (group_size no multiple of 8) or a permuted or unaligned output takes the element-wise branch.
+// One launch a segment, width and output type template arguments. Limited by the bytes written: 2 to 4 a value against b/8
+// read. A run that crosses a group (group_size no multiple of 8) or a permuted or unaligned output takes the element-wise
+// branch.
 #include "subbyte/base/cuda_launch.h"
 #include "subbyte/formats/cuda_codes.h"
 #include "subbyte/ops/dequantize/decode_rows_cuda.h"
@@ -81,15 +82,14 @@ __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ Dec
 template <int kBits>
 void launch(const DecodeView& v, DType out_dtype, Stream stream) {
   const RowGrid g = row_grid(v.count, ceil_div(v.segment.k_count, 8), 8);
-  dispatch_dtype(out_dtype, [&](auto tag) {
-    decode_kernel<kBits, decltype(tag)::value><<<g.grid, g.block, 0, stream_of(stream)>>>(v);
-  });
+  dispatch_dtype(out_dtype,
+                 [&](auto tag) { decode_kernel<kBits, decltype(tag)::value><<<g.grid, g.block, 0, stream_of(stream)>>>(v); });
 }
 
 }  // namespace
 
-void decode_rows(const PackedMatrix& w, const void* indices, bool indices_are_int64, int64_t count, void* out,
-                 DType out_dtype, int64_t out_stride, Stream stream, const char* op) {
+void decode_rows(const PackedMatrix& w, const void* indices, bool indices_are_int64, int64_t count, void* out, DType out_dtype,
+                 int64_t out_stride, Stream stream, const char* op) {
   for (int i = 0; i < w.layout.segment_count; ++i) {
     DecodeView v{};
     v.w = w;
