@@ -1,4 +1,4 @@
-#include "subbyte/base/cuda_testing.h"
+#include "subbyte/formats/cuda_testing.h"
 #include "subbyte/ops/dequantize/dequantize_cuda.h"
 #include "subbyte/ops/embedding/embedding_cuda.h"
 

@@ -1,4 +1,4 @@
-#include "subbyte/base/cuda_testing.h"
+#include "subbyte/formats/cuda_testing.h"
 #include "subbyte/ops/linear_a8/linear_a8_cuda.h"
 
 namespace subbyte {

@@ -1,5 +1,5 @@
 #include "subbyte/base/cuda_launch.h"
-#include "subbyte/base/cuda_testing.h"
+#include "subbyte/formats/cuda_testing.h"
 #include "subbyte/ops/pack/pack_cuda.h"
 
 namespace subbyte {

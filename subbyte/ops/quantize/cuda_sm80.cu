@@ -30,7 +30,6 @@ __global__ void __launch_bounds__(256) choose_kernel(const __grid_constant__ Qua
     const int64_t begin = g * p.out.group_size, end = min_i64(begin + p.out.group_size, p.out.k);
     const Format f = segment_of(p.out.layout, begin).format;
     float lo = value_at<kType>(p, n, begin), hi = lo;
-    int64_t lo_at = begin, hi_at = begin;
     bool finite = isfinite(lo);
     double magnitude = 0;
     for (int64_t k0 = begin; k0 < end; k0 += 32) {
@@ -39,8 +38,8 @@ __global__ void __launch_bounds__(256) choose_kernel(const __grid_constant__ Qua
       if (k < end) {
         v = value_at<kType>(p, n, k);
         finite = finite && isfinite(v);
-        if (v < lo) lo = v, lo_at = k;
-        if (v > hi) hi = v, hi_at = k;
+        lo = v < lo ? v : lo;
+        hi = v > hi ? v : hi;
       }
       if (p.scheme == Scheme::kAbsMean) {
         const double own = fabs(double(v));
@@ -50,10 +49,8 @@ __global__ void __launch_bounds__(256) choose_kernel(const __grid_constant__ Qua
     }
     for (int step = 16; step > 0; step /= 2) {
       const float other_lo = __shfl_xor_sync(~0u, lo, step), other_hi = __shfl_xor_sync(~0u, hi, step);
-      const int64_t other_lo_at = __shfl_xor_sync(~0u, lo_at, step), other_hi_at = __shfl_xor_sync(~0u, hi_at, step);
-      // Of equal values (-0 and +0) the first counts, as in a plain loop.
-      if (other_lo < lo || (other_lo == lo && other_lo_at < lo_at)) lo = other_lo, lo_at = other_lo_at;
-      if (other_hi > hi || (other_hi == hi && other_hi_at < hi_at)) hi = other_hi, hi_at = other_hi_at;
+      lo = other_lo < lo ? other_lo : lo;
+      hi = other_hi > hi ? other_hi : hi;
     }
     finite = __all_sync(~0u, finite);
     if (lane != 0) continue;
@@ -78,7 +75,7 @@ __global__ void __launch_bounds__(256)
     uint64_t stream = 0;
     int64_t group = first_group, group_end = (group + 1) * p.out.group_size;
     GroupParams g = load_group(p.out, fixed_zero, n * groups + group);
-    const uint64_t first_element = uint64_t(n) * uint64_t(p.out.k) + uint64_t(k);
+    const uint64_t first_element = (p.first_row + uint64_t(n)) * uint64_t(p.out.k) + uint64_t(k);
     Philox4 words{};
     for (int j = 0; j < count; ++j) {
       if (k + j == group_end) {

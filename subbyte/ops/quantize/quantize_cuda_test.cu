@@ -1,4 +1,4 @@
-#include "subbyte/base/cuda_testing.h"
+#include "subbyte/formats/cuda_testing.h"
 #include "subbyte/ops/quantize/quantize_cuda.h"
 
 namespace subbyte {
@@ -28,6 +28,7 @@ void compare(Random& r, const testing::MatrixCase& c, Scheme scheme, ZeroKind ki
   p.w_stride = c.k + (i % 3 == 0 ? 2 : 0);
   p.seed = 77 + uint64_t(i);
   p.offset = 5;
+  p.first_row = uint64_t(i % 3) * 1000003;
   std::vector<uint8_t> w = testing::random_floats(r, c.n * p.w_stride, p.w_dtype);
   for (int64_t k = 0; k < min_i64(c.k, c.group_size); ++k) store_float(w.data(), p.w_dtype, k, k % 2 ? 0.0f : -0.0f);
   std::vector<int32_t> perm(size_t(c.k));

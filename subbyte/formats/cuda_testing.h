@@ -12,7 +12,6 @@
 
 #include "subbyte/base/stream.h"
 #include "subbyte/formats/packed_matrix.h"
-#include "subbyte/ops/dequantize/dequantize.h"
 
 namespace subbyte::testing {
 
@@ -165,7 +164,7 @@ struct TestMatrix {
       for (int64_t k = 0; k < host.k; ++k) out[size_t(n * host.k + k)] = packed_value(host, n, k);
     return out;
   }
-  // |s (q - c)| + |o| of every weight: what the error bound of linear.h weighs |x| with.
+  // |s (q - c)| + |o| + |offset| of every weight: what the error bound of linear.h weighs |x| with.
   std::vector<float> magnitudes() const {
     std::vector<float> out(size_t(host.n * host.k));
     for (int64_t n = 0; n < host.n; ++n)
@@ -174,7 +173,9 @@ struct TestMatrix {
         const int64_t i = n * host.groups() + k / host.group_size;
         const float s = load_float(host.scales, host.scale_dtype, i), c = float(format_levels(f) / 2);
         const float o = affine_value(c, s, group_zero(host, f, i), host.zero_kind);
-        out[size_t(n * host.k + k)] = std::fabs(s * (float(packed_code(host, n, k)) - c)) + std::fabs(o);
+        out[size_t(n * host.k + k)] =
+            std::fabs(s * (float(packed_code(host, n, k)) - c)) + std::fabs(o) +
+            (host.zero_kind == ZeroKind::kOffsets ? std::fabs(load_float(host.zeros, host.zero_dtype, i)) : 0.0f);
       }
     return out;
   }
