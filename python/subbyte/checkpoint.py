@@ -1,0 +1,226 @@
+"""Native checkpoints: safetensors files whose metadata key "subbyte" describes the packed weights in it.
+
+Schema version 1, read and written alike by the C++ library (subbyte/io/checkpoint.h): a packed weight NAME is stored as the tensors
+NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, and described in the JSON text of the key as
+    {"version": 1, "weights": {NAME: {"format": ..., "in_features": ..., "group_size": ...}}, "tied": {OTHER_NAME: NAME}}
+"tied" lists names that are the same tensor as another one, which is stored once.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from . import nn
+from .packed_weight import PART_NAMES, PackedWeight
+
+VERSION = 1
+_KEY = "subbyte"
+
+
+class FormatError(ValueError):
+    """A file that is not what it says it is: truncated, damaged, or of an unknown kind. The text names the file and what is wrong."""
+
+
+class TensorFile(dict):
+    """Tensors of a file by name, each a torch.Tensor or a PackedWeight; `metadata` holds what else the file says."""
+
+    def __init__(self, tensors=(), metadata=None):
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+
+
+def _tensors_of(model_or_tensors):
+    """(name, tensor) of a module (parameters and persistent buffers, every name of a shared one) or of a mapping."""
+    if not isinstance(model_or_tensors, torch.nn.Module):
+        return list(model_or_tensors.items())
+    model, found = model_or_tensors, []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                found.append((f"{prefix}.{name}".strip("."), tensor))
+    return found
+
+
+def save(model_or_tensors, path, metadata=None):
+    """Writes a model, or a mapping of names to tensors and PackedWeights, as a native checkpoint.
+
+    The file appears under its name when it is complete; an interrupted run leaves the old file as it was. A tensor under several
+    names (tied weights) is stored once. metadata: further text entries, {str: str}.
+    """
+    path, metadata = Path(path), dict(metadata or {})
+    for key, value in metadata.items():
+        if key in (_KEY, "format") or not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(f"save: metadata entry {key!r}: {value!r}: expected text under a name other than 'format' and '{_KEY}'")
+    flat, weights, tied, first_name = {}, {}, {}, {}
+
+    def put(name, tensor):
+        if name in flat:
+            raise ValueError(f"save: two tensors are named '{name}'")
+        flat[name] = tensor.detach().to("cpu").contiguous()
+
+    for name, tensor in _tensors_of(model_or_tensors):
+        if id(tensor) in first_name:
+            tied[name] = first_name[id(tensor)]
+            continue
+        first_name[id(tensor)] = name
+        if isinstance(tensor, PackedWeight):
+            if tensor.transposed:
+                raise ValueError(f"save: '{name}' is a transposed view of a packed weight")
+            for part_name, part in tensor.parts.items():
+                put(f"{name}.{part_name}", part)
+            weights[name] = {"format": tensor.format, "in_features": tensor.in_features, "group_size": tensor.group_size}
+        else:
+            put(name, tensor)
+    # Views of one storage become tensors of their own: a file has no views.
+    seen = set()
+    for name, tensor in flat.items():
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            flat[name] = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+    description = {"version": VERSION, "weights": weights, **({"tied": tied} if tied else {})}
+    metadata.update({"format": "pt", _KEY: json.dumps(description, sort_keys=True)})
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(flat, temporary, metadata)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path, device="cpu"):
+    """Reads a native checkpoint, or any safetensors file: a file, an index of shards, or the folder that holds one.
+
+    Returns a TensorFile: names to tensors and PackedWeights. FormatError for a damaged file or an unknown version.
+    """
+    out = TensorFile()
+    tied = {}
+    for file in _shards(Path(path)):
+        try:
+            with safetensors.safe_open(file, framework="pt", device=str(device)) as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (safetensors.SafetensorError, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise FormatError(f"{file}: {error}") from None
+        if _KEY in metadata:
+            tied.update(_unpack_described(file, metadata.pop(_KEY), tensors))
+        for name in tensors:
+            if name in out:
+                raise FormatError(f"{file}: tensor '{name}' is also in another shard")
+        out.update(tensors)
+        out.metadata.update({k: v for k, v in metadata.items() if k not in out.metadata})
+    for name, other in tied.items():
+        if other not in out or name in out:
+            raise FormatError(f"{path}: metadata '{_KEY}': '{name}' is tied to '{other}', which "
+                              f"{'is stored too' if name in out else 'the file does not hold'}")
+        out[name] = out[other]
+    return out
+
+
+def _shards(path):
+    if path.is_dir():
+        path = next((p for p in (path / "model.safetensors.index.json", path / "model.safetensors") if p.exists()), None) or path / \
+            "model.safetensors"
+    if not path.name.endswith(".index.json"):
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise FormatError(f"{path}: is not an index with a weight_map") from None
+    for name in names:
+        if not isinstance(name, str) or "/" in name:
+            raise FormatError(f"{path}: '{name}' is not a file name of this folder")
+    return [path.parent / name for name in names]
+
+
+def _unpack_described(file, text, tensors):
+    """Replaces the parts of each described weight in `tensors` by a PackedWeight; returns the tied names."""
+    where = f"{file}: metadata '{_KEY}'"
+    try:
+        description = json.loads(text)
+        version, weights, tied = description["version"], description.get("weights", {}), description.get("tied", {})
+        if version != VERSION:
+            raise FormatError(f"{where}: version is {version}, this reader knows version {VERSION}")
+        for name, told in weights.items():
+            parts = {p: tensors.pop(f"{name}.{p}") for p in PART_NAMES if f"{name}.{p}" in tensors}
+            for needed in ("codes", "scales"):
+                if needed not in parts:
+                    raise FormatError(f"{where}: weight '{name}': the file has no tensor '{name}.{needed}'")
+            if name in tensors:
+                raise FormatError(f"{where}: weight '{name}' is stored dense and packed")
+            try:
+                tensors[name] = PackedWeight(**parts, format=told["format"], in_features=told["in_features"], group_size=told["group_size"])
+            except (ValueError, RuntimeError) as error:
+                raise FormatError(f"{where}: weight '{name}': {error}") from None
+        return dict(tied)
+    except FormatError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise FormatError(f"{where}: is damaged ({type(error).__name__}: {error})") from None
+
+
+@torch.no_grad()
+def load_weights_(model, tensors, strict=True):
+    """Puts tensors and PackedWeights (a TensorFile, or any mapping by name) into a model, in place and without a float detour.
+
+    A PackedWeight replaces the weight of a Linear, Embedding or transformers Conv1D, which becomes its packed class; dtype of the
+    weight it replaces, and sharing between modules, are kept. Other tensors are copied into the parameter or buffer of their name.
+    strict: ValueError unless the names are exactly the model's; before anything is changed.
+    """
+    from .conversion import _KINDS, _kind, _pack_module
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    targets = dict(_tensors_of(model))
+    names_of = {}
+    for name, target in targets.items():
+        names_of.setdefault(id(target), []).append(name)
+    unexpected = [name for name in tensors if name not in targets]
+    missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
+    if strict and (unexpected or missing):
+        raise ValueError("load_weights_: " + "; ".join(f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for what, names in
+                                                       (("not in the model", unexpected), ("not given", missing)) if names))
+    packed = {}
+    for name, tensor in tensors.items():
+        if name not in targets:
+            continue
+        target, owner = targets[name], modules[name.rpartition(".")[0]]
+        if isinstance(tensor, PackedWeight):
+            kind = "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            if name.rpartition(".")[2] != "weight" or kind not in _KINDS:
+                raise ValueError(f"load_weights_: '{name}' is packed, but {type(owner).__name__} cannot hold a packed weight")
+            shape = target.shape[::-1] if kind == "conv1d" else target.shape
+            packed[name] = (owner, kind)
+        else:
+            shape = target.shape
+            if isinstance(target, PackedWeight):
+                raise ValueError(f"load_weights_: '{name}' is dense, the model's is packed")
+        if tensor.shape != shape:
+            raise ValueError(f"load_weights_: '{name}' is {list(tensor.shape)}, the model's is {list(shape)}")
+    for name, tensor in tensors.items():
+        if name not in targets:
+            continue
+        target = targets[name]
+        if name not in packed:
+            target.copy_(tensor)
+            continue
+        parameter = torch.nn.Parameter(tensor.to(device=target.device, dtype=target.dtype), requires_grad=target.requires_grad)
+        for other in names_of[id(target)]:
+            owner = modules[other.rpartition(".")[0]]
+            kind = "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            if kind not in _KINDS:
+                raise ValueError(f"load_weights_: '{name}' is packed and shared with '{other}', which cannot hold a packed weight")
+            _pack_module(owner, kind, parameter, getattr(owner, "activation_bits", None))
+    return model
