@@ -3,6 +3,7 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -14,7 +15,7 @@ template <class T>
 class GuardedBuffer {
  public:
   explicit GuardedBuffer(int64_t count) : count_(count), storage_(size_t(count) * sizeof(T) + 2 * kGuardBytes, kCanary) {
-    std::memset(storage_.data() + kGuardBytes, 0xff, size_t(count) * sizeof(T));
+    std::fill(storage_.begin() + kGuardBytes, storage_.end() - kGuardBytes, uint8_t{0xff});
   }
   T* data() { return reinterpret_cast<T*>(storage_.data() + kGuardBytes); }
   const T* data() const { return reinterpret_cast<const T*>(storage_.data() + kGuardBytes); }

@@ -2,7 +2,7 @@
 
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
-#include "subbyte/ops/dequantize/dequantize.h"
+#include "subbyte/ops/dequantize/kernels.h"
 
 namespace subbyte {
 
@@ -26,22 +26,12 @@ void embedding(const EmbeddingParams& p) {
       throw std::out_of_range(detail::concat("embedding: index ", index(i), " at position ", i,
                                              " is outside the table, expected 0 <= index < ", p.table.n));
   if (p.table.k == 0) return;
+  validate_perm(p.table, "embedding");
+  const DecodeRow decode_row = select_decode_kernel(active_isa()).decode_row;
+  const int64_t stride_bytes = p.out_stride * dtype_bytes(p.out_dtype);
   parallel_for(p.count, max_i64(1, 16384 / p.table.k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      // One row of the table as a matrix of its own, written to row i of out.
-      const int64_t n = index(i), groups = p.table.groups();
-      DequantizeParams row;
-      row.w = p.table;
-      row.w.n = 1;
-      row.w.codes += n * p.table.layout.row_bytes;
-      row.w.scales = static_cast<const uint8_t*>(p.table.scales) + n * groups * dtype_bytes(p.table.scale_dtype);
-      if (p.table.zeros != nullptr)
-        row.w.zeros = static_cast<const uint8_t*>(p.table.zeros) + n * groups * dtype_bytes(p.table.zero_dtype);
-      row.out = static_cast<uint8_t*>(p.out) + i * p.out_stride * dtype_bytes(p.out_dtype);
-      row.out_dtype = p.out_dtype;
-      row.out_stride = p.out_stride;
-      reference::dequantize_rows(row, 0, 1);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      decode_row(p.table, index(i), static_cast<uint8_t*>(p.out) + i * stride_bytes, p.out_dtype);
   });
 }
 

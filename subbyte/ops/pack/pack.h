@@ -37,9 +37,4 @@ void unpack(const UnpackParams& p);
 bool check_sizes(const PackParams& p);
 bool check_sizes(const UnpackParams& p);
 
-namespace reference {
-void pack(const PackParams& p) noexcept;
-void unpack(const UnpackParams& p) noexcept;
-}  // namespace reference
-
 }  // namespace subbyte

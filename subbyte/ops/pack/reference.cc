@@ -2,31 +2,17 @@
 #include <cstring>
 
 #include "subbyte/formats/bits.h"
-#include "subbyte/ops/pack/pack.h"
+#include "subbyte/ops/pack/kernels.h"
 
 namespace subbyte::reference {
 
-void pack(const PackParams& p) noexcept {
-  for (int64_t n = 0; n < p.n; ++n) {
-    uint8_t* row = p.packed + n * p.layout.row_bytes;
-    std::memset(row, 0, size_t(p.layout.row_bytes));
-    for (int i = 0; i < p.layout.segment_count; ++i) {
-      const Segment& s = p.layout.segments[i];
-      for (int64_t k = 0; k < s.k_count; ++k)
-        set_code(row + s.byte_begin, k, format_bits(s.format), p.unpacked[n * p.unpacked_stride + s.k_begin + k]);
-    }
-  }
+void pack_codes(const uint8_t* codes, int64_t count, int bits, uint8_t* stream) noexcept {
+  std::memset(stream, 0, size_t(stream_bytes(count, bits)));
+  for (int64_t k = 0; k < count; ++k) set_code(stream, k, bits, codes[k]);
 }
 
-void unpack(const UnpackParams& p) noexcept {
-  for (int64_t n = 0; n < p.n; ++n) {
-    const uint8_t* row = p.packed + n * p.layout.row_bytes;
-    for (int i = 0; i < p.layout.segment_count; ++i) {
-      const Segment& s = p.layout.segments[i];
-      for (int64_t k = 0; k < s.k_count; ++k)
-        p.unpacked[n * p.unpacked_stride + s.k_begin + k] = uint8_t(get_code(row + s.byte_begin, k, format_bits(s.format)));
-    }
-  }
+void unpack_codes(const uint8_t* stream, int64_t count, int bits, uint8_t* codes) noexcept {
+  for (int64_t k = 0; k < count; ++k) codes[k] = uint8_t(get_code(stream, k, bits));
 }
 
 }  // namespace subbyte::reference

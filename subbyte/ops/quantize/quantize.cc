@@ -5,20 +5,17 @@
 
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
+#include "subbyte/ops/quantize/kernels.h"
 
 namespace subbyte {
 namespace {
 
 int64_t rows_grain(int64_t k) { return max_i64(1, 16384 / max_i64(1, k)); }
 
-void check_values(const QuantizeParams& p, const char* op) {
+void check_values(const QuantizeKernel& kernel, const QuantizeParams& p, const char* op) {
   std::atomic<int64_t> bad_row{-1};
   parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      bool finite = true;
-      for (int64_t k = 0; k < p.out.k; ++k) finite = finite && std::isfinite(load_float(p.w, p.w_dtype, n * p.w_stride + k));
-      if (!finite) bad_row.store(n);
-    }
+    if (const int64_t n = kernel.find_bad_row(p, begin, end); n >= 0) bad_row.store(n);
   });
   const int64_t n = bad_row.load();
   if (n < 0) return;
@@ -73,15 +70,31 @@ bool check_quantize_sizes(const QuantizeParams& p) {
 
 bool check_encode_sizes(const QuantizeParams& p) { return check_common(p, with_codes(p).out, "encode"); }
 
+std::span<const QuantizeKernel> quantize_kernels() {
+  static constexpr QuantizeKernel kKernels[] = {
+#define SB_QUANTIZE_KERNEL(name, isa, space) {name, Isa::isa, space::find_bad_row, space::choose_rows, space::encode_rows},
+#include "subbyte/ops/quantize/kernels.inc"
+#undef SB_QUANTIZE_KERNEL
+  };
+  return kKernels;
+}
+
+const QuantizeKernel& select_quantize_kernel(Isa isa) {
+  for (const QuantizeKernel& kernel : quantize_kernels())
+    if (kernel.isa <= isa) return kernel;
+  return quantize_kernels().back();
+}
+
 void quantize(const QuantizeParams& params) {
   if (!check_quantize_sizes(params)) return;
   const QuantizeParams p = with_outputs(params);
+  const QuantizeKernel& kernel = select_quantize_kernel(active_isa());
   validate_perm(p.out, "quantize");
-  check_values(p, "quantize");
+  check_values(kernel, p, "quantize");
   std::atomic<bool> fits{true};
   parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) {
-    if (!reference::choose_rows(p, begin, end)) fits.store(false);
-    else reference::encode_rows(p, begin, end);
+    if (!kernel.choose_rows(p, begin, end)) fits.store(false);
+    else kernel.encode_rows(p, begin, end);
   });
   check_arg(fits.load(), "quantize: a scale or offset overflows ", dtype_name(p.out.scale_dtype),
             ", expected weights within its range");
@@ -90,9 +103,10 @@ void quantize(const QuantizeParams& params) {
 void encode(const QuantizeParams& params) {
   if (!check_encode_sizes(params)) return;
   const QuantizeParams p = with_codes(params);
+  const QuantizeKernel& kernel = select_quantize_kernel(active_isa());
   validate_perm(p.out, "encode");
-  check_values(p, "encode");
-  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) { reference::encode_rows(p, begin, end); });
+  check_values(kernel, p, "encode");
+  parallel_for(p.out.n, rows_grain(p.out.k), [&](int64_t begin, int64_t end) { kernel.encode_rows(p, begin, end); });
 }
 
 }  // namespace subbyte

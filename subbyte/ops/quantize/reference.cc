@@ -4,7 +4,7 @@
 
 #include "subbyte/ops/quantize/choose_rule.h"
 #include "subbyte/ops/quantize/code_rule.h"
-#include "subbyte/ops/quantize/quantize.h"
+#include "subbyte/ops/quantize/kernels.h"
 
 namespace subbyte::reference {
 namespace {
@@ -15,6 +15,13 @@ float value_at(const QuantizeParams& p, int64_t n, int64_t stored_k) {
 }
 
 }  // namespace
+
+int64_t find_bad_row(const QuantizeParams& p, int64_t row_begin, int64_t row_end) noexcept {
+  for (int64_t n = row_begin; n < row_end; ++n)
+    for (int64_t k = 0; k < p.out.k; ++k)
+      if (!std::isfinite(load_float(p.w, p.w_dtype, n * p.w_stride + k))) return n;
+  return -1;
+}
 
 bool choose_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) noexcept {
   const PackedMatrix& o = p.out;

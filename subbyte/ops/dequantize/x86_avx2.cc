@@ -1,0 +1,12 @@
+// The row decoder for AVX2: 8 codes a step; x86_decode_row.h holds the algorithm.
+#include "subbyte/formats/x86_avx2_vector.h"
+#include "subbyte/ops/dequantize/kernels.h"
+#include "subbyte/ops/dequantize/x86_decode_row.h"
+
+namespace subbyte::avx2 {
+
+void decode_row(const PackedMatrix& w, int64_t n, void* out, DType out_dtype) noexcept {
+  decode_row_any<Vector>(w, n, out, out_dtype);
+}
+
+}  // namespace subbyte::avx2

@@ -1,0 +1,20 @@
+// The kernels of quantize for AVX2; x86_quantize_rows.h holds the algorithm.
+#include "subbyte/formats/x86_avx2_vector.h"
+#include "subbyte/ops/quantize/kernels.h"
+#include "subbyte/ops/quantize/x86_quantize_rows.h"
+
+namespace subbyte::avx2 {
+
+int64_t find_bad_row(const QuantizeParams& p, int64_t row_begin, int64_t row_end) noexcept {
+  return find_bad_row_with<Vector>(p, row_begin, row_end);
+}
+
+bool choose_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) noexcept {
+  return choose_rows_with<Vector>(p, row_begin, row_end);
+}
+
+void encode_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) noexcept {
+  encode_rows_with<Vector>(p, row_begin, row_end);
+}
+
+}  // namespace subbyte::avx2
