@@ -1,0 +1,70 @@
+# subbyte::libtorch: headers and shared libraries of an installed PyTorch, as plain files.
+#
+# find_package(Torch) of a CUDA build of PyTorch demands a CUDA compiler and defines some dozens of targets, even for a project that
+# wants neither. The layer needs a handful of .so files and two include directories, so they are taken directly.
+# Where PyTorch is: Torch_DIR (its share/cmake/Torch), else CMAKE_PREFIX_PATH, else `python -c "import torch"` of Python_EXECUTABLE,
+# $VIRTUAL_ENV or the PATH.
+function(sb_find_torch_root out)
+  set(root "")
+  if(Torch_DIR)
+    get_filename_component(root "${Torch_DIR}/../../.." ABSOLUTE)
+  else()
+    find_path(SB_TORCH_CONFIG_DIR TorchConfig.cmake PATH_SUFFIXES Torch share/cmake/Torch NO_CACHE)
+    if(SB_TORCH_CONFIG_DIR)
+      get_filename_component(root "${SB_TORCH_CONFIG_DIR}/../../.." ABSOLUTE)
+    else()
+      set(python "${Python_EXECUTABLE}")
+      if(NOT python)
+        find_program(python NAMES python python3 HINTS $ENV{VIRTUAL_ENV}/bin NO_CACHE)
+      endif()
+      if(python)
+        execute_process(COMMAND "${python}" -c "import os, torch; print(os.path.dirname(torch.__file__))" OUTPUT_VARIABLE root
+                        OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+      endif()
+    endif()
+  endif()
+  set(${out} "${root}" PARENT_SCOPE)
+endfunction()
+
+# Defines subbyte::libtorch; with CUDA ON also the CUDA libraries of PyTorch. Sets SB_TORCH_ROOT and SB_TORCH_VERSION.
+macro(sb_find_libtorch with_cuda)
+  if(NOT TARGET subbyte::libtorch)
+    sb_find_torch_root(SB_TORCH_ROOT)
+    if(NOT EXISTS "${SB_TORCH_ROOT}/lib/libtorch_cpu.so")
+      message(FATAL_ERROR "PyTorch not found (looked at '${SB_TORCH_ROOT}'). Set -DTorch_DIR=<site-packages>/torch/share/cmake/Torch "
+                          "or activate the virtual environment that has torch.")
+    endif()
+    set(SB_TORCH_VERSION "unknown")
+    foreach(sb_header torch/headeronly/version.h torch/version.h)
+      if(EXISTS "${SB_TORCH_ROOT}/include/${sb_header}")
+        file(STRINGS "${SB_TORCH_ROOT}/include/${sb_header}" sb_lines REGEX "define TORCH_VERSION_(MAJOR|MINOR|PATCH) ")
+        if(sb_lines)
+          string(REGEX REPLACE "[^;0-9]+" "" SB_TORCH_VERSION "${sb_lines}")
+          string(REPLACE ";" "." SB_TORCH_VERSION "${SB_TORCH_VERSION}")
+        endif()
+      endif()
+    endforeach()
+    add_library(subbyte::libtorch INTERFACE IMPORTED)
+    set_target_properties(subbyte::libtorch PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "${SB_TORCH_ROOT}/include;${SB_TORCH_ROOT}/include/torch/csrc/api/include")
+    set(sb_libraries libtorch.so libtorch_cpu.so libc10.so)
+    if(${with_cuda})
+      list(APPEND sb_libraries libtorch_cuda.so libc10_cuda.so)
+    endif()
+    set(sb_files "")
+    foreach(sb_library IN LISTS sb_libraries)
+      if(NOT EXISTS "${SB_TORCH_ROOT}/lib/${sb_library}")
+        message(FATAL_ERROR "PyTorch ${SB_TORCH_VERSION} at ${SB_TORCH_ROOT} has no ${sb_library}")
+      endif()
+      list(APPEND sb_files "${SB_TORCH_ROOT}/lib/${sb_library}")
+    endforeach()
+    set_property(TARGET subbyte::libtorch PROPERTY INTERFACE_LINK_LIBRARIES "${sb_files}")
+    # Dependencies of PyTorch's own libraries (CUDA runtime, ...) are found by the RPATH inside them when the program runs.
+    set_property(TARGET subbyte::libtorch PROPERTY INTERFACE_LINK_OPTIONS "LINKER:--allow-shlib-undefined")
+    # PyTorch before 2.7 came in two library ABIs; the one it was built with stands in its configuration file.
+    file(STRINGS "${SB_TORCH_ROOT}/share/cmake/Torch/TorchConfig.cmake" sb_abi REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
+    if("${sb_abi}" MATCHES "_GLIBCXX_USE_CXX11_ABI=([01])")
+      set_property(TARGET subbyte::libtorch PROPERTY INTERFACE_COMPILE_DEFINITIONS "_GLIBCXX_USE_CXX11_ABI=${CMAKE_MATCH_1}")
+    endif()
+  endif()
+endmacro()
