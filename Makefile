@@ -6,8 +6,11 @@ STAGES ?=
 DEMO_ARGS ?=
 
 VENV := .venv/torch-$(TORCH_VERSION)
-TORCH_BUILD := build/torch-$(TORCH_VERSION)
-export TORCH_VERSION PYTHON JOBS
+# With a GPU and a CUDA compiler the LibTorch layer is built with its CUDA kernels.
+TORCH_PRESET := $(shell nvidia-smi -L >/dev/null 2>&1 && PATH=$$PATH:/usr/local/cuda/bin command -v nvcc >/dev/null && echo gpu || echo torch)
+TORCH_BUILD := build/$(TORCH_PRESET)-$(TORCH_VERSION)
+RUN_PYTHON := PYTHONPATH=python SUBBYTE_TORCH_LIB=$(CURDIR)/$(TORCH_BUILD)/subbyte_torch/libsubbyte_torch.so $(VENV)/bin/python
+export TORCH_VERSION PYTHON JOBS TORCH_PRESET
 
 .PHONY: help setup test demo core torch bench format clean
 
@@ -31,7 +34,7 @@ test: setup
 demo: torch
 	@cmake --preset core >/dev/null
 	@cmake --build build/core --target subbyte run_checkpoint -j $(JOBS)
-	@$(VENV)/bin/python -m examples.demo $(DEMO_ARGS)
+	@$(RUN_PYTHON) -m examples.demo $(DEMO_ARGS)
 
 core: setup
 	@cmake --preset core >/dev/null
@@ -39,9 +42,8 @@ core: setup
 	@build/core/subbyte/core_tests --gtest_brief=1
 
 torch: setup
-	@cmake --preset torch -B $(TORCH_BUILD) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
-	  -DCMAKE_PREFIX_PATH="$$($(VENV)/bin/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" >/dev/null
-	@cmake --build $(TORCH_BUILD) -j $(JOBS)
+	@cmake --preset $(TORCH_PRESET) -B $(TORCH_BUILD) -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python >/dev/null
+	@cmake --build $(TORCH_BUILD) --target subbyte_torch -j $(JOBS)
 
 bench: setup
 	@cmake --preset core >/dev/null

@@ -23,7 +23,8 @@ LOGS = ROOT / "build" / "test-logs"
 TORCH_VERSION = os.environ.get("TORCH_VERSION", "2.11.0")
 JOBS = os.environ.get("JOBS") or str(os.cpu_count() or 2)
 PYTHON = sys.executable  # of the virtual environment: the Makefile calls it so
-TORCH_BUILD = ROOT / "build" / f"torch-{TORCH_VERSION}"
+TORCH_PRESET = os.environ.get("TORCH_PRESET", "torch")  # gpu where there is a GPU and a CUDA compiler
+TORCH_BUILD = ROOT / "build" / f"{TORCH_PRESET}-{TORCH_VERSION}"
 FUZZ_SECONDS = os.environ.get("FUZZ_SECONDS", "10")
 STAGE_TIMEOUT_S = 2400
 
@@ -112,7 +113,7 @@ class Run:
     def pytest(self, *args, env=None):
         xml_path = LOGS / f"{self.name}-pytest.xml"
         argv = [PYTHON, "-m", "pytest", "-q", "-rs", "--durations=10", f"--junitxml={xml_path}", *args]
-        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_BUILD_DIR": str(TORCH_BUILD)}
+        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_TORCH_LIB": str(TORCH_BUILD / "subbyte_torch" / "libsubbyte_torch.so")}
         return self.counted(xml_path, argv, env={**paths, **(env or {})})
 
 
@@ -193,9 +194,7 @@ def fuzz(run):
 
 
 def build_torch(run):
-    prefix = subprocess.run([PYTHON, "-c", "import torch; print(torch.utils.cmake_prefix_path)"], check=True, capture_output=True,
-                            text=True).stdout.strip()
-    return run.build("torch", build_dir=TORCH_BUILD, options=[f"-DCMAKE_PREFIX_PATH={prefix}", f"-DPython_EXECUTABLE={PYTHON}"])
+    return run.build(TORCH_PRESET, build_dir=TORCH_BUILD, options=[f"-DPython_EXECUTABLE={PYTHON}"])
 
 
 @stage
