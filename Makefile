@@ -11,6 +11,9 @@ TORCH_PRESET := $(shell nvidia-smi -L >/dev/null 2>&1 && PATH=$$PATH:/usr/local/
 TORCH_BUILD := build/$(TORCH_PRESET)-$(TORCH_VERSION)
 RUN_PYTHON := PYTHONPATH=python SUBBYTE_TORCH_LIB=$(CURDIR)/$(TORCH_BUILD)/subbyte_torch/libsubbyte_torch.so $(VENV)/bin/python
 export TORCH_VERSION PYTHON JOBS TORCH_PRESET
+# Clones in different folders share what ccache holds.
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
 
 .PHONY: help setup test demo core torch bench format clean
 

@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
+from safetensors.torch import save_file
 
 import subbyte
 
@@ -150,6 +150,7 @@ class Demo:
         results["environment"]["demo took"] = f"{results['seconds']:.0f} s" + (" (--quick)" if self.quick else "")
         self.args.output.mkdir(parents=True, exist_ok=True)
         (self.args.output / "results.json").write_text(json.dumps(results, indent=1))
+        (self.args.output / "table.md").write_text(self.markdown(results))
         report.write(results, self.args.output / "report.html")
         self.print_table()
         self.console.print(f"\n{self.args.output / 'report.html'}  ({results['seconds']:.0f} s)")
@@ -313,7 +314,6 @@ class Demo:
         self.args.output.mkdir(parents=True, exist_ok=True)
         with self.console.status("         writing a checkpoint, running the C++ example"), tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "model.safetensors"
-            from safetensors.torch import save_file
             save_file({n: p.detach().cpu().contiguous() for n, p in twin.named_parameters()}, source, metadata={"format": "pt"})
             program = self.args.build / "subbyte" / "cli" / "subbyte"
             command([program, "quantize", source, checkpoint, "--bits", "4", "--group-size", "64"])
@@ -321,6 +321,20 @@ class Demo:
         self.say(f"C++ example ran on {checkpoint.name}")
         return {"output": output.strip(), "text": f"`subbyte quantize` (C++, no torch) wrote {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.0f} MB; "
                                                   "examples/run_checkpoint.cc loaded it and ran its packed layers:"}
+
+    def markdown(self, results):
+        """The table as it stands in the README."""
+        environment = results["environment"]
+        lines = [f"SmolLM2-135M-Instruct, {environment['processor']}, {environment['date']}, PyTorch {environment['PyTorch']} (`make demo`):", "",
+                 "| setting | bits/weight | model MB | " + " | ".join(f"perplexity {p}" for p in self.windows) + " | with int8 x | decode tokens/s | int8 x | "
+                 "prompt tokens/s | int8 x |", "|---|" + "---:|" * (7 + len(self.windows))]
+        for row in self.rows:
+            a8, speed = row.get("perplexity_a8"), row["speed"]
+            cells = [row["label"], f"{row['bits_per_weight']:.2f}", f"{row['size']['total_bytes'] / 1e6:.0f}", *[f"{v:.2f}" for v in row["perplexity"].values()],
+                     " / ".join(f"{v:.2f}" for v in a8.values()) if a8 else "", f"{speed['decode']:.1f}", f"{speed['decode_a8']:.1f}" if a8 else "",
+                     f"{speed['prefill']:.0f}", f"{speed['prefill_a8']:.0f}" if a8 else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
 
     def print_table(self):
         table = Table(box=box.SIMPLE_HEAD, title="SmolLM2-135M-Instruct; quality rows on the shuffled twin", title_justify="left")
