@@ -527,6 +527,11 @@ TEST(LinearA8, SelectionPrefersTheBestSetAndFallsBackByShape) {
   EXPECT_EQ(name(1, "uint8*128+uint4*128", 256, 128, Isa::kAvx2), "linear_a8_rowdot_avx2");
   EXPECT_EQ(name(1, "uint8*128+uint3*128", 256, 128, Isa::kAvx2), "linear_a8_panel_avx2");
   EXPECT_EQ(name(512, "uint4", 4096, 128, Isa::kAvx2), "linear_a8_panel_avx2");
+  EXPECT_EQ(name(1, "uint4", 4096, 128, Isa::kAvx512), "linear_a8_rowdot_avx512");
+  EXPECT_EQ(name(1, "uint4", 4096, 128, Isa::kAvx512Vnni), "linear_a8_rowdot_avx512_vnni");
+  EXPECT_EQ(name(1, "uint2", 4096, 16, Isa::kAvx512Vnni), "linear_a8_rowdot_avx512_vnni");  // one lane a group
+  EXPECT_EQ(name(1, "uint6", 4096, 128, Isa::kAvx512Vnni), "linear_a8_panel_avx512_vnni");
+  EXPECT_EQ(name(512, "sign", 4096, 4096, Isa::kAvx512Vnni), "linear_a8_panel_avx512_vnni");
   for (int i = 0; i < kIsaCount; ++i)
     for (const int64_t m : kMs)
       for (int f = 0; f < kFormatCount; ++f) {

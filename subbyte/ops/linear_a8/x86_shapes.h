@@ -218,28 +218,86 @@ SB_INLINE void load_scales(const LinearA8Job& job, const LinearA8Segment& s, int
   }
 }
 
-template <int kBits, int kM>
-SB_INLINE void rowdot_segment(const LinearA8Job& job, const LinearA8Segment& s, int64_t n, int64_t m0, F (&total)[kM]) {
-  constexpr int kStreams = 8 / kBits, kChains = !V::kVnni || kM > 2 ? 1
-                                                : kM == 2           ? (kStreams < 2 ? 1 : 2)
-                                                                    : (kStreams < 4 ? kStreams : 4);
-  constexpr bool kStarts = !(V::kCentersBytes && kBits == 8);
-  constexpr int64_t kBlockColumns = kBytes * kStreams;
-  const bool by_group = job.p.x_scale == ActivationScale::kRowGroup;
-  const int64_t blocks = ceil_div(s.byte_count, kBytes), whole = s.byte_count / kBytes;
-  // A unit is what shares one int32 sum: blocks_a_unit blocks of one group, or one block of groups_a_unit groups.
-  int64_t blocks_a_unit = 1, groups_a_unit = 1;
-  if (s.group_count == 1) blocks_a_unit = blocks;
-  else if (job.group_size >= kBlockColumns) blocks_a_unit = job.group_size / kBlockColumns;
-  else groups_a_unit = kBlockColumns / job.group_size;
-  const I lanes = V::group_of_lane(int(groups_a_unit));
-  const uint8_t* codes = job.p.w.codes + n * job.p.w.layout.row_bytes + s.byte_begin;
+// Where kM rows of x, their lane starts and their scales of weight groups lie, for one row of weight and one segment.
+template <int kM>
+struct RowdotOperands {
+  const uint8_t* codes;
   const int8_t* x[kM];
   const int32_t* starts[kM];
+  const float* scales[kM];
+};
+
+// `units` units of kUnitBlocks blocks (0: `unit_blocks`) from block `block` on, all whole but for the last `part_bytes` bytes.
+// A unit is what shares one int32 sum: some blocks of one group, or one block of groups_a_unit groups.
+// A scale that many lanes share is broadcast from its 4 bytes: a vector load would stall on the stores that just made it.
+template <int kBits, int kM, int kUnitBlocks, bool kOneGroup>
+SB_INLINE void rowdot_units(const RowdotOperands<kM>& from, int64_t block, int64_t units, int64_t unit_blocks,
+                            int64_t groups_a_unit, int64_t part_bytes, F (&total)[kM]) {
+  constexpr int kStreams = 8 / kBits;
+  constexpr int kChains = !V::kVnni || kM > 2 ? 1 : kM == 2 ? (kStreams < 2 ? 1 : 2) : (kStreams < 4 ? kStreams : 4);
+  constexpr bool kStarts = !(V::kCentersBytes && kBits == 8);
+  const I lanes = V::group_of_lane(int(groups_a_unit));
+  if (kUnitBlocks != 0) unit_blocks = kUnitBlocks;
+  for (int64_t u = 0; u < units; ++u) {
+    I acc[kM][kChains];
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+      for (int c = 0; c < kChains; ++c) acc[m][c] = V::zero();
+    auto add_block = [&](I codes) __attribute__((always_inline)) {
+      if (kStarts) {
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) acc[m][0] = V::add_i32(acc[m][0], V::load(from.starts[m] + block * kLanes));
+      }
+      dot_block<kBits, kM, kChains>(codes, from.x, block * (kBytes * kStreams), acc);
+      ++block;
+    };
+    for (int64_t i = 0; i < unit_blocks; ++i) {
+      V::prefetch(from.codes + block * kBytes + V::kPrefetchBytes);
+      add_block(V::load(from.codes + block * kBytes));
+    }
+    if (part_bytes != 0) add_block(V::load_part(from.codes + block * kBytes, part_bytes));
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+      I sum = acc[m][0];
+#pragma GCC unroll 8
+      for (int c = 1; c < kChains; ++c) sum = V::add_i32(sum, acc[m][c]);
+      const F scale = kOneGroup ? V::set1_f(from.scales[m][u]) : V::pick(V::load_f(from.scales[m] + u * groups_a_unit), lanes);
+      total[m] = V::fma(V::to_float(sum), scale, total[m]);
+    }
+  }
+}
+
+// The end of a segment that is no whole unit: `whole` blocks and a part of one.
+template <int kBits, int kM>
+[[gnu::noinline]] void rowdot_last_unit(const RowdotOperands<kM>& from, int64_t block, int64_t whole, int64_t groups_a_unit,
+                                        int64_t part_bytes, F* total) {
+  F t[kM];
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) t[m] = total[m];
+  rowdot_units<kBits, kM, 0, false>(from, block, 1, whole, groups_a_unit, part_bytes, t);
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) total[m] = t[m];
+}
+
+template <int kBits, int kM>
+[[gnu::noinline]] void rowdot_segment(const LinearA8Job& job, const LinearA8Segment& s, int64_t n, int64_t m0, F* total_at) {
+  constexpr int64_t kBlockColumns = kBytes * 8 / kBits;
+  const bool by_group = job.p.x_scale == ActivationScale::kRowGroup;
+  const int64_t blocks = ceil_div(s.byte_count, kBytes), whole = s.byte_count / kBytes, part = s.byte_count % kBytes;
+  int64_t unit_blocks = 1, groups_a_unit = 1;
+  if (s.group_count == 1) unit_blocks = blocks;
+  else if (job.group_size >= kBlockColumns) unit_blocks = job.group_size / kBlockColumns;
+  else groups_a_unit = kBlockColumns / job.group_size;
+  F total[kM];
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) total[m] = total_at[m];
+  RowdotOperands<kM> from;
+  from.codes = job.p.w.codes + n * job.p.w.layout.row_bytes + s.byte_begin;
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m) {
-    x[m] = job.x + (m0 + m) * job.x_stride_bytes + s.x_begin_bytes;
-    starts[m] = job.starts + (m0 + m) * job.start_stride + s.block_begin * kLanes;
+    from.x[m] = job.x + (m0 + m) * job.x_stride_bytes + s.x_begin_bytes;
+    from.starts[m] = job.starts + (m0 + m) * job.start_stride + s.block_begin * kLanes;
   }
   alignas(64) float scales[kScaleChunk + 16], middles[kScaleChunk + 16], products[kM][kScaleChunk + 16];
   int64_t block = 0;
@@ -247,15 +305,14 @@ SB_INLINE void rowdot_segment(const LinearA8Job& job, const LinearA8Segment& s, 
     const int64_t count = min_i64(kScaleChunk, s.group_count - g), padded = round_up(count, 16);
     load_scales(job, s, n, s.group_begin + g, count, scales, middles);
     for (int64_t i = count; i < padded; ++i) scales[i] = 0;
-    const float* unit_scales[kM];
 #pragma GCC unroll 8
     for (int m = 0; m < kM; ++m) {
       const int64_t at = (m0 + m) * job.group_stride + s.group_begin + g;
-      unit_scales[m] = scales;
+      from.scales[m] = scales;
       if (by_group) {
         for (int64_t i = 0; i < count; ++i) products[m][i] = scales[i] * job.group_scales[at + i];
         for (int64_t i = count; i < padded; ++i) products[m][i] = 0;
-        unit_scales[m] = products[m];
+        from.scales[m] = products[m];
       }
       if (job.has_offset) {
         int64_t i = 0;
@@ -266,33 +323,21 @@ SB_INLINE void rowdot_segment(const LinearA8Job& job, const LinearA8Segment& s, 
         total[m] = V::add(total[m], V::first_lane(rest));
       }
     }
-    const int64_t units = ceil_div(count, groups_a_unit);
-    for (int64_t u = 0; u < units; ++u) {
-      I acc[kM][kChains];
+    const int64_t units = ceil_div(count, groups_a_unit), whole_units = min_i64(units, (whole - block) / unit_blocks);
+    if (groups_a_unit > 1) rowdot_units<kBits, kM, 1, false>(from, block, whole_units, 1, groups_a_unit, 0, total);
+    else if (unit_blocks == 1) rowdot_units<kBits, kM, 1, true>(from, block, whole_units, 1, 1, 0, total);
+    else if (kM == 1 && unit_blocks == 2) rowdot_units<kBits, kM, 2, true>(from, block, whole_units, 2, 1, 0, total);
+    else if (kM == 1 && unit_blocks == 4) rowdot_units<kBits, kM, 4, true>(from, block, whole_units, 4, 1, 0, total);
+    else rowdot_units<kBits, kM, 0, true>(from, block, whole_units, unit_blocks, 1, 0, total);
+    block += whole_units * unit_blocks;
+    if (whole_units < units) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-        for (int c = 0; c < kChains; ++c) acc[m][c] = V::zero();
-      const int64_t end = min_i64(block + blocks_a_unit, blocks);
-      for (; block < end; ++block) {
-        const uint8_t* at = codes + block * kBytes;
-        V::prefetch(at + V::kPrefetchBytes);
-        const I v = block < whole ? V::load(at) : V::load_part(at, s.byte_count - block * kBytes);
-        if (kStarts) {
-#pragma GCC unroll 8
-          for (int m = 0; m < kM; ++m) acc[m][0] = V::add_i32(acc[m][0], V::load(starts[m] + block * kLanes));
-        }
-        dot_block<kBits, kM, kChains>(v, x, block * kBlockColumns, acc);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m) {
-        I sum = acc[m][0];
-#pragma GCC unroll 8
-        for (int c = 1; c < kChains; ++c) sum = V::add_i32(sum, acc[m][c]);
-        total[m] = V::fma(V::to_float(sum), V::pick(V::load_f(unit_scales[m] + u * groups_a_unit), lanes), total[m]);
-      }
+      for (int m = 0; m < kM; ++m) from.scales[m] += whole_units * groups_a_unit;
+      rowdot_last_unit<kBits, kM>(from, block, whole - block, groups_a_unit, part, total);
     }
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < kM; ++m) total_at[m] = total[m];
 }
 
 template <int kM>
@@ -322,12 +367,10 @@ void rowdot(const LinearA8Job& job, int64_t n_begin, int64_t n_end) {
   const int64_t step = job.p.m <= 4 ? n_end - n_begin : 4;
   for (int64_t n = n_begin; n < n_end; n += step) {
     const int64_t end = min_i64(n + step, n_end);
-    for (int64_t m = 0; m < job.p.m; m += 4) switch (job.p.m - m) {
-        case 1: rowdot_rows<1>(job, n, end, m); break;
-        case 2: rowdot_rows<2>(job, n, end, m); break;
-        case 3: rowdot_rows<3>(job, n, end, m); break;
-        default: rowdot_rows<4>(job, n, end, m); break;
-      }
+    int64_t m = 0;
+    for (; m + 4 <= job.p.m; m += 4) rowdot_rows<4>(job, n, end, m);
+    for (; m + 2 <= job.p.m; m += 2) rowdot_rows<2>(job, n, end, m);
+    if (m < job.p.m) rowdot_rows<1>(job, n, end, m);
   }
 }
 
