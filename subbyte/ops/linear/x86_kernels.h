@@ -119,6 +119,16 @@ void multiply_rows(const WeightSegment& w, const LinearInput& in, const LinearOu
     row_index[r] = n + (r < valid ? r : valid - 1);
     row[r] = w.codes + row_index[r] * w.row_bytes;
   }
+  // A last block that the matrix does not fill is read from a copy.
+  alignas(64) uint8_t copy[kN][64];
+  int64_t readable = blocks;
+  if (w.codes_end - row[kN - 1] < blocks * B::kBytes) {
+    readable = blocks - 1;
+    for (int r = 0; r < kN; ++r) {
+      const uint8_t* p = row[r] + readable * B::kBytes;
+      copy_start(copy[r], p, min_i64(B::kBytes, w.codes_end - p));
+    }
+  }
   S::Float total[kN][kM];
 #pragma GCC unroll 8
   for (int r = 0; r < kN; ++r)
@@ -162,18 +172,16 @@ void multiply_rows(const WeightSegment& w, const LinearInput& in, const LinearOu
 #pragma GCC unroll 8
         for (int i = 0; i < kM; ++i) sum[r][i] = S::zero();
       for (int64_t b = begin; b < end; ++b) {
+        const typename B::Constants* constants = B::constants();  // here: loaded where used, not spilled before the loop
         B v[kN];
 #pragma GCC unroll 8
-        for (int r = 0; r < kN; ++r) {
-          const uint8_t* p = row[r] + b * B::kBytes;
-          v[r] = B::load(p, w.codes_end - p);
-        }
+        for (int r = 0; r < kN; ++r) v[r] = B::whole(b < readable ? row[r] + b * B::kBytes : copy[r]);
         const float* xb = x + b * B::kCodes;
 #pragma GCC unroll 32
         for (int j = 0; j < B::kFields; ++j) {
 #pragma GCC unroll 8
           for (int r = 0; r < kN; ++r) {
-            const S::Float f = v[r].field(j);
+            const S::Float f = v[r].field(j, constants);
 #pragma GCC unroll 8
             for (int i = 0; i < kM; ++i) sum[r][i] = S::fma(f, S::load(xb + i * x_stride + j * S::kLanes), sum[r][i]);
           }
@@ -253,6 +261,7 @@ void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, 
       S::store(p, group_offset(w.zero_kind, float(B::kCentre), S::load(s + h * S::kLanes), S::load(p)));
     }
   }
+  const typename B::Constants* constants = B::constants();
   const bool groups_end_in_lanes = w.groups > 1 && w.group_size % B::kFields != 0;
   for (int h = 0; h < 2; ++h) {
     const int64_t first = h * S::kLanes;
@@ -276,7 +285,7 @@ void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, 
           const B lane = B::of(v[i]);
           const S::Float s = S::load(scale + g * kStrip + first), o = S::load(offset + g * kStrip + first);
 #pragma GCC unroll 32
-          for (int j = 0; j < B::kFields; ++j) S::store(out + j * kStrip, S::fma(lane.field(j), s, o));
+          for (int j = 0; j < B::kFields; ++j) S::store(out + j * kStrip, S::fma(lane.field(j, constants), s, o));
           out += B::kFields * kStrip;
           g_left -= B::kFields;
           if (g_left == 0) ++g, g_left = w.group_size;
@@ -291,7 +300,7 @@ void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, 
           }
 #pragma GCC unroll 32
           for (int j = 0; j < B::kFields; ++j)
-            S::store(out + j * kStrip, S::fma(lane.field(j), S::load(scale + group[j]), S::load(offset + group[j])));
+            S::store(out + j * kStrip, S::fma(lane.field(j, constants), S::load(scale + group[j]), S::load(offset + group[j])));
           out += B::kFields * kStrip;
         }
       }

@@ -201,6 +201,15 @@ struct Simd {
 
 #endif
 
+// The first `bytes` bytes at p, then zeros. The barrier keeps it a loop: no call of memcpy for a few bytes.
+SB_INLINE void copy_start(uint8_t (&to)[64], const uint8_t* p, int64_t bytes) {
+  std::memset(to, 0, 64);
+  for (int64_t i = 0; i < bytes; ++i) {
+    to[i] = p[i];
+    __asm__("" ::: "memory");
+  }
+}
+
 // A block of codes in registers, and its fields.
 template <Format kFormat>
 struct Block {
@@ -217,8 +226,8 @@ struct Block {
   SB_INLINE Block load(const uint8_t* p, int64_t available) {
     if (available >= kBytes) [[likely]]
       return whole(p);
-    alignas(64) uint8_t copy[kBytes] = {};
-    for (int64_t i = 0; i < available; ++i) copy[i] = p[i];
+    alignas(64) uint8_t copy[64];
+    copy_start(copy, p, available);
     return whole(copy);
   }
   SB_INLINE Block whole(const uint8_t* p) { return of(Simd::load_block<kBits>(p)); }
@@ -226,12 +235,31 @@ struct Block {
     if constexpr (kDirect < kFields) return Block{v, Simd::shift_right<kDirect * kBits>(v)};
     else return Block{v, v};
   }
+  // Where field j lies, the mantissa it is or-ed into, and what is subtracted.
+  struct Constants {
+    uint32_t mask[kFields], magic[kFields];
+    float bias[kFields];
+  };
+  static constexpr Constants make_constants() {
+    Constants c{};
+    for (int j = 0; j < kFields; ++j) {
+      const int bit = (j < kDirect ? j : j - kDirect) * kBits;
+      c.mask[j] = ((1u << kBits) - 1u) << bit;
+      c.magic[j] = uint32_t(127 + 23 - bit) << 23;
+      c.bias[j] = float(int64_t(1) << (23 - bit)) + float(kCentre);
+    }
+    return c;
+  }
+  static constexpr Constants kConstants = make_constants();
+  // The compiler must not see the values: g++ would rebuild each vector with a move and a broadcast wherever it is used.
+  SB_INLINE const Constants* constants() {
+    const Constants* c = &kConstants;
+    __asm__("" : "+r"(c));
+    return c;
+  }
   // Codes j, j + kFields, j + 2 kFields ..., less the centre. j must be a constant once loops are unrolled.
-  [[gnu::always_inline]] inline Simd::Float field(int j) const {
-    const bool direct = j < kDirect;
-    const int bit = (direct ? j : j - kDirect) * kBits;
-    const uint32_t mask = ((1u << kBits) - 1u) << bit, magic = uint32_t(127 + 23 - bit) << 23;
-    return Simd::field(direct ? low : high, mask, magic, float(int64_t(1) << (23 - bit)) + float(kCentre));
+  [[gnu::always_inline]] inline Simd::Float field(int j, const Constants* c) const {
+    return Simd::field(j < kDirect ? low : high, c->mask[j], c->magic[j], c->bias[j]);
   }
 };
 
