@@ -84,23 +84,9 @@ void prepare_rows(const WeightSegment& w, const LinearInput& in, int64_t m_begin
 }
 
 void prepare_tiles(const WeightSegment& w, const LinearInput& in, int64_t m_begin, int64_t m_end) noexcept {
-  const int64_t tiles = ceil_div(in.m, Simd::kTileRows), bytes = dtype_bytes(in.dtype);
   const int32_t* perm = in.perm != nullptr ? in.perm + w.k_begin : nullptr;
-  alignas(64) float natural[256];
-  int64_t t = 0;
-  for (int64_t m = m_begin; m < m_end; ++m) {
-    while (t + 1 < tiles && tile_begin(in.m, t + 1) <= m) ++t;
-    const int64_t first = tile_begin(in.m, t), height = (t + 1 < tiles ? tile_begin(in.m, t + 1) : in.m) - first;
-    const uint8_t* x = static_cast<const uint8_t*>(in.x) + (m * in.x_stride + (perm == nullptr ? w.k_begin : 0)) * bytes;
-    float* out = in.prepared + first * w.k + (m - first);
-    for (int64_t k = 0; k < w.k; k += 256) {
-      const int64_t count = min_i64(256, w.k - k);
-      const float* src = natural;
-      if (in.dtype == DType::kF32 && perm == nullptr) src = reinterpret_cast<const float*>(x) + k;
-      else convert_floats(x, in.dtype, perm, k, count, natural);
-      for (int64_t i = 0; i < count; ++i) out[(k + i) * height] = src[i];
-    }
-  }
+  const uint8_t* x = static_cast<const uint8_t*>(in.x) + (perm == nullptr ? w.k_begin * dtype_bytes(in.dtype) : 0);
+  pack_tiles(x, in.dtype, in.x_stride, perm, in.m, w.k, in.prepared, m_begin, m_end);
 }
 
 // ---- few rows of x ----
@@ -323,7 +309,7 @@ void multiply_tiles_range(const WeightSegment& w, const LinearInput& in, const L
       decode_panel<kFormat>(w, n, columns, k, depth, panel);
       const float* bias = last && out.bias != nullptr ? out.bias + n : nullptr;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m = tile_begin(in.m, t), height = (t + 1 < tiles ? tile_begin(in.m, t + 1) : in.m) - m;
+        const int64_t m = tile_begin(in.m, t), height = tile_begin(in.m, t + 1) - m;
         kTileFunctions[height](in.prepared + m * w.k + k * height, panel, depth, out.out + m * out.stride + n, out.stride,
                                columns, add, bias);
       }

@@ -326,8 +326,29 @@ SB_INLINE void convert_floats(const uint8_t* x, DType t, const int32_t* perm, in
   for (; i < count; ++i) out[i] = load_one(x + (k + i) * bytes, t);
 }
 
-// First row of tile t when m rows are cut into ceil(m / kTileRows) tiles of nearly equal height.
+// First row of tile t (m for one past the last) when m rows are cut into ceil(m / kTileRows) tiles of nearly equal height.
 SB_INLINE int64_t tile_begin(int64_t m, int64_t t) { return t * m / ((m + Simd::kTileRows - 1) / Simd::kTileRows); }
+
+// Rows [m_begin, m_end) of the m rows of x into the order that tiles read, out [tiles][k][rows of the tile].
+[[maybe_unused]] void pack_tiles(const uint8_t* x, DType t, int64_t x_stride, const int32_t* perm, int64_t m, int64_t k_count,
+                                 float* out, int64_t m_begin, int64_t m_end) noexcept {
+  const int64_t tiles = ceil_div(m, Simd::kTileRows), bytes = dtype_bytes(t);
+  alignas(64) float natural[256];
+  int64_t tile = 0;
+  for (int64_t row = m_begin; row < m_end; ++row) {
+    while (tile + 1 < tiles && tile_begin(m, tile + 1) <= row) ++tile;
+    const int64_t first = tile_begin(m, tile), height = tile_begin(m, tile + 1) - first;
+    const uint8_t* from = x + row * x_stride * bytes;
+    float* to = out + first * k_count + (row - first);
+    for (int64_t k = 0; k < k_count; k += 256) {
+      const int64_t count = min_i64(256, k_count - k);
+      const float* src = natural;
+      if (t == DType::kF32 && perm == nullptr) src = reinterpret_cast<const float*>(from) + k;
+      else convert_floats(from, t, perm, k, count, natural);
+      for (int64_t i = 0; i < count; ++i) to[(k + i) * height] = src[i];
+    }
+  }
+}
 
 // c[r][0, 2 lanes) = (add ? c : 0) + sum_k a[k][r] panel[k][.] + bias, for kRows rows; `columns` of them are written.
 template <int kRows>

@@ -4,7 +4,10 @@
 // w     packed [N, K] as in linear
 // gx    [M, K] of gy's dtype, row stride in elements; written whole (N = 0 gives zeros)
 // Accumulation: float64 in double, the others in float32, rounded once at the end; the error bound of linear with the sum over
-// n in place of k. M, N, K may be 0. Errors and threads (parallel over K or M) as in linear.
+// n in place of k:
+//   |gx - gx64| <= eps32 * (min(N, 512) + N / 8 + 16) * sum_n |gy| (|s (q - c)| + |o| + |offset|)  +  1.01 * eps_gy * |gx64|
+// M, N, K may be 0. Errors as in linear. Threads: parallel over columns, and with few rows over chunks of 512 weight rows whose
+// sums are added in order, so the result does not depend on the number of threads.
 // Workspace: linear_grad_input_workspace_bytes() bytes, 64-byte aligned, content ignored.
 #pragma once
 #include "subbyte/formats/packed_matrix.h"
