@@ -3,7 +3,6 @@
 #pragma once
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -14,8 +13,8 @@ namespace subbyte::testing {
 template <class T>
 class GuardedBuffer {
  public:
-  explicit GuardedBuffer(int64_t count) : count_(count), storage_(size_t(count) * sizeof(T) + 2 * kGuardBytes, kCanary) {
-    std::fill(storage_.begin() + kGuardBytes, storage_.end() - kGuardBytes, uint8_t{0xff});
+  explicit GuardedBuffer(int64_t count) : count_(count), storage_(size_t(count) * sizeof(T) + 2 * kGuardBytes, 0xff) {
+    for (size_t i = 0; i < kGuardBytes; ++i) storage_[i] = storage_[storage_.size() - 1 - i] = kCanary;
   }
   T* data() { return reinterpret_cast<T*>(storage_.data() + kGuardBytes); }
   const T* data() const { return reinterpret_cast<const T*>(storage_.data() + kGuardBytes); }

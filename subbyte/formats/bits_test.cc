@@ -13,6 +13,26 @@
 namespace subbyte {
 namespace {
 
+// The worked examples of docs/formats.md.
+template <int kBits, size_t kCount, size_t kBytes>
+constexpr bool stream_is(const uint8_t (&codes)[kCount], const uint8_t (&bytes)[kBytes]) {
+  uint8_t stream[kBytes] = {};
+  for (size_t k = 0; k < kCount; ++k) set_code(stream, int64_t(k), kBits, codes[k]);
+  for (size_t k = 0; k < kCount; ++k)
+    if (get_code(stream, int64_t(k), kBits) != codes[k]) return false;
+  for (size_t i = 0; i < kBytes; ++i)
+    if (stream[i] != bytes[i]) return false;
+  return stream_bytes(int64_t(kCount), kBits) == int64_t(kBytes);
+}
+static_assert(stream_is<1>({1, 0, 1, 1, 0, 0, 1, 0, 1}, {0x4d, 0x01}));
+static_assert(stream_is<2>({0, 1, 2, 2, 1}, {0xa4, 0x01}));
+static_assert(stream_is<3>({1, 2, 3, 4, 5, 6, 7, 0}, {0xd1, 0x58, 0x1f}));
+static_assert(stream_is<4>({1, 2, 15}, {0x21, 0x0f}));
+static_assert(stream_is<5>({1, 31}, {0xe1, 0x03}));   // 1 + 31 * 32
+static_assert(stream_is<6>({1, 63}, {0xc1, 0x0f}));   // 1 + 63 * 64
+static_assert(stream_is<7>({1, 127}, {0x81, 0x3f}));  // 1 + 127 * 128
+static_assert(stream_is<8>({1, 255}, {0x01, 0xff}));
+
 // Bit `i` of the stream, by the definition alone.
 int stream_bit(const uint8_t* stream, int64_t i) { return stream[i / 8] >> (i % 8) & 1; }
 

@@ -8,6 +8,14 @@ namespace {
 
 using testing::GoldenCase;
 
+// The values of docs/formats.md.
+static_assert(affine_value(11, 0.25f, 8, ZeroKind::kZeros) == 0.75f);
+static_assert(affine_value(11, 0.25f, -2, ZeroKind::kOffsets) == 0.75f);
+static_assert(affine_value(0, 2, format_fixed_zero(Format::kSign), ZeroKind::kFixed) == -1);
+static_assert(affine_value(1, 2, format_fixed_zero(Format::kSign), ZeroKind::kFixed) == 1);
+static_assert(affine_value(0, 3, format_fixed_zero(Format::kTernary), ZeroKind::kFixed) == -3);
+static_assert(affine_value(2, 3, format_fixed_zero(Format::kTernary), ZeroKind::kFixed) == 3);
+
 TEST(Golden, EveryCaseHasThePartsItsSizesCallFor) {
   for (const GoldenCase& c : testing::read_packed_golden()) {
     SCOPED_TRACE(c.name);

@@ -1,4 +1,5 @@
-// The row decoder for AVX-512: 16 codes a step; x86_decode_row.h holds the algorithm.
+// The row decoder for AVX-512: 16 codes a step by a byte shuffle and vpmultishiftqb; x86_decode_row.h holds the algorithm.
+// Limit: the store.
 #include "subbyte/formats/x86_avx512_vector.h"
 #include "subbyte/ops/dequantize/kernels.h"
 #include "subbyte/ops/dequantize/x86_decode_row.h"

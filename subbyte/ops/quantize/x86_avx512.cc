@@ -1,4 +1,4 @@
-// The kernels of quantize for AVX-512; x86_quantize_rows.h holds the algorithm.
+// quantize for AVX-512; x86_quantize_rows.h holds the algorithm and x86_avx2.cc says what limits it.
 #include "subbyte/formats/x86_avx512_vector.h"
 #include "subbyte/ops/quantize/kernels.h"
 #include "subbyte/ops/quantize/x86_quantize_rows.h"
