@@ -5,6 +5,9 @@
 // the float 2^(23-p) + q; subtracting 2^(23-p) + c gives q - c exactly. Two logic operations (one on AVX-512) and one
 // subtraction, no shift and no conversion. Fields that would reach beyond bit 22 are taken from one copy shifted right.
 #pragma once
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 on its own AVX-512 header: _mm512_undefined
+#endif
 #include <immintrin.h>
 
 #include <cstdint>
