@@ -323,6 +323,8 @@ TEST(LinearTable, FewRowsStreamCodesManyRowsUseTilesAndFloat64TheReference) {
   EXPECT_EQ(name(1, Format::kUint4, 128, DType::kF32, Isa::kAvx512), "linear_f32_rows_avx512");
   EXPECT_EQ(name(512, Format::kUint4, 128, DType::kF16, Isa::kAvx512Vnni), "linear_f32_tile14x32_avx512");
   EXPECT_EQ(name(1, Format::kUint4, 128, DType::kF64, Isa::kAvx2), "linear_reference");
+  EXPECT_EQ(name(4, Format::kUint8, 128, DType::kF32, Isa::kAvx2), "linear_f32_rows_avx2");
+  EXPECT_EQ(name(4, Format::kSign, 128, DType::kF32, Isa::kAvx2), "linear_f32_tile6x16_avx2");  // narrow codes: two rows
   EXPECT_EQ(name(1, Format::kUint4, 128, DType::kF32, Isa::kScalar), "linear_reference");
 }
 #endif
