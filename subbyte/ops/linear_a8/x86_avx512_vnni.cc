@@ -2,6 +2,10 @@
 // rowdot is bound by memory at 8, 4 and 2 bits and by instructions at 1 bit (shift, mask, product for 64 codes); panel by the
 // product, two an instruction cycle where the machine has two 512-bit ports. The tile, 4 rows of x by 48 rows of weight, has 12
 // sums: enough to hide the latency of 5 cycles, few enough that no compiler moves or spills them.
+// Measured on one core of Sapphire Rapids, N = K = 4096, cold weights, one row of x, share of a plain read of the same bytes,
+// groups of 128 and a scale per row: 8 bits 1.17 and 1.12, 4 bits 0.98 and 0.80, 2 bits 0.72 and 0.74, 1 bit 0.37 and 0.35; two
+// threads 1.1, 0.94, 0.70, 0.42. panel 190 to 220 Gop/s with 64 rows, 200 to 330 with 512; PyTorch's float32 linear 101 and
+// 138.
 #include <immintrin.h>
 
 #include <bit>
