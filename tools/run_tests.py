@@ -163,7 +163,7 @@ def isa_objects(run):
 @stage
 def cli(run):
     """The subbyte program."""
-    run.build("core", "subbyte")
+    run.build("core", "subbyte", "run_checkpoint")
     return run.pytest("tests/cli", "tests/io")
 
 

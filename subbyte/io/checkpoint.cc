@@ -279,7 +279,8 @@ CheckpointWriter::CheckpointWriter(const std::string& path, std::vector<TensorDe
     check_arg(s.scale_dtype != DType::kF64 && s.zero_dtype != DType::kF64, "checkpoint writer: weight '", s.name,
               "' has float64 scales or zeros, expected float32, float16 or bfloat16");
     check_arg(dense_names.count(s.name) == 0, "checkpoint writer: weight '", s.name, "' is declared dense and packed");
-    schema += (first ? "" : ",") + json_quoted(s.name, "weight name") + ":{\"format\":\"" + s.layout.name() +
+    if (!first) schema += ",";
+    schema += json_quoted(s.name, "weight name") + ":{\"format\":\"" + s.layout.name() +
               "\",\"in_features\":" + std::to_string(s.k) + ",\"group_size\":" + std::to_string(s.group_size) + "}";
     first = false;
     std::array<size_t, 4> index{};

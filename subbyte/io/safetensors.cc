@@ -310,7 +310,8 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Tensor
     header += json_quoted(kMetadataKey, "key") + ":{";
     bool first = true;
     for (const auto& [key, value] : metadata) {
-      header += (first ? "" : ",") + json_quoted(key, "metadata key") + ":" + json_quoted(value, "metadata value");
+      if (!first) header += ",";
+      header += json_quoted(key, "metadata key") + ":" + json_quoted(value, "metadata value");
       first = false;
     }
     header += "}";
@@ -323,7 +324,10 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Tensor
               "safetensors writer: the tensors together overflow a file");
     if (header.size() > 1) header += ",";
     header += json_quoted(t.name, "tensor name") + ":{\"dtype\":\"" + element_type_name(t.dtype) + "\",\"shape\":[";
-    for (size_t d = 0; d < t.shape.size(); ++d) header += (d != 0 ? "," : "") + std::to_string(t.shape[d]);
+    for (size_t d = 0; d < t.shape.size(); ++d) {
+      if (d != 0) header += ",";
+      header += std::to_string(t.shape[d]);
+    }
     header += "],\"data_offsets\":[" + std::to_string(slots_[i].begin) + "," + std::to_string(offset) + "]}";
   }
   header += "}";
