@@ -225,12 +225,12 @@ void multiply_tiles_part(const GradInputTask& task, int64_t b) noexcept {
   for (int64_t n = 0; n < w.n; n += kDepth) {
     const int64_t depth = min_i64(kDepth, w.n - n);
     decode_panel<kFormat, kFirst, kCount>(task, b, n, depth, panel);
-    for (int strip = 0; strip < kCount / 2; ++strip)
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m = tile_begin(task.m, t), height = tile_begin(task.m, t + 1) - m;
+    for (int64_t t = 0; t < tiles; ++t) {  // outside: a tile's gy stays in L1 over the strips, the panel in L2
+      const int64_t m = tile_begin(task.m, t), height = tile_begin(task.m, t + 1) - m;
+      for (int strip = 0; strip < kCount / 2; ++strip)
         kTileFunctions[height](task.prepared + m * w.n + n * height, panel + strip * kDepth * 2 * S::kLanes, depth,
                                sums + m * task.k_padded + strip * 2 * S::kLanes, task.k_padded, 2 * S::kLanes, n > 0, nullptr);
-      }
+    }
   }
   for (int64_t m = 0; m < task.m; ++m) {
     const float* from = sums + m * task.k_padded;
