@@ -79,6 +79,55 @@ __global__ void __launch_bounds__(256) decode_kernel(const __grid_constant__ Dec
   }
 }
 
+// The common case: eight codes are one aligned load, one group, sixteen-byte stores; kBatch rows are requested before the first
+// is decoded, so that the read hides behind the write.
+template <int kBits, DType kOut>
+__global__ void __launch_bounds__(256) decode_wide_kernel(const __grid_constant__ DecodeView v) {
+  using Storage = typename Elem<kOut>::Storage;
+  constexpr uint32_t kMask = (1u << kBits) - 1u;
+  constexpr int kBatch = 4;
+  const int64_t run = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (run * 8 >= v.segment.k_count) return;
+  const int64_t k = v.segment.k_begin + run * 8, group = k / v.w.group_size;
+  const uint8_t* column = v.w.codes + v.segment.byte_begin + run * kBits;
+  const int64_t step = int64_t(gridDim.y) * blockDim.y;
+  for (int64_t first = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; first < v.count; first += kBatch * step) {
+    uint2 codes[kBatch];
+    GroupParams g[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t i = first + j * step;
+      codes[j] = make_uint2(0, 0);
+      g[j] = GroupParams{__int_as_float(0x7fffffff), 0.0f};
+      if (i >= v.count) continue;
+      int64_t n = i;
+      if (v.indices != nullptr)
+        n = v.indices_are_int64 ? static_cast<const int64_t*>(v.indices)[i] : static_cast<const int32_t*>(v.indices)[i];
+      if (n < 0 || n >= v.w.n) continue;
+      const uint8_t* from = column + n * v.w.layout.row_bytes;
+      if constexpr (kBits == 8) codes[j] = __ldg(reinterpret_cast<const uint2*>(from));
+      if constexpr (kBits == 4) codes[j].x = __ldg(reinterpret_cast<const uint32_t*>(from));
+      if constexpr (kBits == 2) codes[j].x = __ldg(reinterpret_cast<const unsigned short*>(from));
+      if constexpr (kBits == 1) codes[j].x = __ldg(from);
+      g[j] = load_group(v.w, v.fixed_zero, n * v.groups + group);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t i = first + j * step;
+      if (i >= v.count) continue;
+      alignas(16) Storage line[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const uint32_t word = kBits == 8 && c >= 4 ? codes[j].y : codes[j].x;
+        line[c] = out_of<kOut>(value_of((word >> (kBits == 8 ? c % 4 * 8 : c * kBits)) & kMask, g[j], v.w.zero_kind));
+      }
+      uint4* to = reinterpret_cast<uint4*>(static_cast<Storage*>(v.out) + i * v.out_stride + k);
+#pragma unroll
+      for (int c = 0; c < int(sizeof(line) / 16); ++c) to[c] = reinterpret_cast<const uint4*>(line)[c];
+    }
+  }
+}
+
 template <int kBits>
 void launch(const DecodeView& v, DType out_dtype, Stream stream) {
   const RowGrid g = row_grid(v.count, ceil_div(v.segment.k_count, 8), 8);

@@ -4,6 +4,7 @@
 // ones for common shapes.
 #include "subbyte/ops/linear/linear_cuda.h"
 #include "subbyte/ops/linear/linear_cuda_plan.h"
+#include "subbyte/ops/linear/rows_mma_cuda.h"
 #include "subbyte/ops/linear/tile_cuda.h"
 
 namespace subbyte::cuda {
@@ -131,6 +132,39 @@ void launch_dot(const LinearParams& p, Stream stream) {
   check_launch("linear");
 }
 
+// x in stored order, rows on 16-byte boundaries; a perm entry outside makes the value NaN.
+__global__ void __launch_bounds__(256) stage_x_kernel(const unsigned short* x, int64_t x_stride, const int32_t* perm, int64_t k,
+                                                      unsigned short* out, int64_t out_stride) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= k) return;
+  const int64_t column = perm != nullptr ? perm[i] : i;
+  const int64_t m = blockIdx.y;
+  out[m * out_stride + i] = column >= 0 && column < k ? x[m * x_stride + column] : (unsigned short)(0x7fff);
+}
+
+void launch_rows(const LinearParams& params, Stream stream) {
+  LinearParams p = params;
+  if (rows_need_staged_x(p)) {
+    const dim3 grid{unsigned(ceil_div(p.w.k, 256)), unsigned(p.m)};
+    p.x_stride = round_up(p.w.k, 8);
+    p.x = p.workspace;
+    stage_x_kernel<<<grid, 256, 0, stream_of(stream)>>>(static_cast<const unsigned short*>(params.x), params.x_stride, p.w.perm,
+                                                        p.w.k, static_cast<unsigned short*>(p.workspace), p.x_stride);
+    check_launch("linear");
+    p.w.perm = nullptr;
+  }
+  switch (format_bits(p.w.layout.segments[0].format)) {
+    case 1: launch_rows_1(p, stream); break;
+    case 2: launch_rows_2(p, stream); break;
+    case 3: launch_rows_3(p, stream); break;
+    case 4: launch_rows_4(p, stream); break;
+    case 5: launch_rows_5(p, stream); break;
+    case 6: launch_rows_6(p, stream); break;
+    case 7: launch_rows_7(p, stream); break;
+    default: launch_rows_8(p, stream); break;
+  }
+}
+
 void launch_tile_kernel(const LinearParams& p, Stream stream) {
   TileView v{};
   v.a = p.x;
@@ -146,11 +180,18 @@ void launch_tile_kernel(const LinearParams& p, Stream stream) {
 
 }  // namespace
 
-int64_t linear_workspace_bytes(const LinearParams&) { return 0; }
+int64_t linear_workspace_bytes(const LinearParams& p) {
+  if (select_linear_cuda_kernel(p) != LinearCudaKernel::kRows || !rows_need_staged_x(p)) return 0;
+  return p.m * round_up(p.w.k, 8) * dtype_bytes(p.dtype);
+}
 
 void linear(const LinearParams& p, Stream stream) {
   if (!check_sizes(p)) return;
+  const int64_t needed = cuda::linear_workspace_bytes(p);
+  check_arg(needed == 0 || (p.workspace != nullptr && p.workspace_bytes >= needed), "linear: workspace has ",
+            p.workspace == nullptr ? 0 : p.workspace_bytes, " bytes, expected ", needed);
   switch (select_linear_cuda_kernel(p)) {
+    case LinearCudaKernel::kRows: launch_rows(p, stream); break;
     case LinearCudaKernel::kDot: launch_dot(p, stream); break;
     case LinearCudaKernel::kTile: launch_tile_kernel(p, stream); break;
   }

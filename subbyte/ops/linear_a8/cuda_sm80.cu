@@ -2,28 +2,12 @@
 // with zeros to a multiple of 16, and sums each group. Second: a warp a weight row, a part of the warp a group, so that a
 // group's integer sum is complete before it is scaled; products by dp4a of unsigned codes with signed x, the middle code leaves
 // through the group sums of x. Padding makes any code next to a group's end harmless: its x is zero.
-#include "subbyte/base/cuda_launch.h"
 #include "subbyte/formats/cuda_codes.h"
-#include "subbyte/ops/linear_a8/linear_a8_cuda.h"
+#include "subbyte/ops/linear_a8/a8_workspace_cuda.h"
+#include "subbyte/ops/linear_a8/linear_a8_cuda_plan.h"
 
 namespace subbyte::cuda {
 namespace {
-
-// Where the parts of the workspace lie.
-struct A8Workspace {
-  int64_t groups, group_pitch, row_pitch;  // bytes of a padded group, of a row of groups
-  int64_t scales_at, sums_at, bytes;
-};
-A8Workspace workspace_of(const LinearA8Params& p) {
-  A8Workspace ws{};
-  ws.groups = p.w.groups();
-  ws.group_pitch = round_up(min_i64(p.w.group_size, max_i64(p.w.k, 1)), 16);
-  ws.row_pitch = ws.groups * ws.group_pitch;
-  ws.scales_at = round_up(p.m * ws.row_pitch, 64);
-  ws.sums_at = ws.scales_at + round_up(p.m * ws.groups * 4, 64);
-  ws.bytes = ws.sums_at + round_up(p.m * ws.groups * 4, 64);
-  return ws;
-}
 
 struct A8View {
   LinearA8Params p;
@@ -184,11 +168,11 @@ __global__ void __launch_bounds__(32 * kA8Warps) a8_dot_kernel(const __grid_cons
 
 }  // namespace
 
-int64_t linear_a8_workspace_bytes(const LinearA8Params& p) { return workspace_of(p).bytes; }
+int64_t linear_a8_workspace_bytes(const LinearA8Params& p) { return a8_workspace(p).bytes; }
 
 void linear_a8(const LinearA8Params& p, Stream stream) {
   if (!check_sizes(p)) return;
-  A8View v{p, workspace_of(p), 1};
+  A8View v{p, a8_workspace(p), 1};
   check_arg(v.ws.bytes == 0 || (p.workspace != nullptr && p.workspace_bytes >= v.ws.bytes), "linear_a8: workspace has ",
             p.workspace_bytes, " bytes, expected ", v.ws.bytes);
   while (v.lanes < 32 && v.lanes * 16 < p.w.group_size) v.lanes *= 2;
@@ -197,6 +181,10 @@ void linear_a8(const LinearA8Params& p, Stream stream) {
     if (p.w.k > 0) {
       quantize_x_kernel<kType><<<unsigned(p.m), 512, 0, stream_of(stream)>>>(v);
       check_launch("linear_a8");
+    }
+    if (select_linear_a8_cuda_kernel(p) == LinearA8CudaKernel::kRows) {
+      launch_a8_rows(p, v.ws, stream);
+      return;
     }
     const dim3 grid{unsigned(ceil_div(p.w.n, kA8Warps)), unsigned(min_i64(ceil_div(p.m, 4), 65535))};
     if (p.m == 1) a8_dot_kernel<kType, 1><<<grid, 32 * kA8Warps, 0, stream_of(stream)>>>(v);

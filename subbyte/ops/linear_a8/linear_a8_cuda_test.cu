@@ -102,6 +102,23 @@ TEST(LinearA8Cuda, KeepsTheBoundOnExactIntegersForEveryFormatSizeAndType) {
   }
 }
 
+// Shapes that the matrix-unit kernel takes: whole groups in a chunk, or a scale a row.
+TEST(LinearA8Cuda, KeepsTheBoundOnTheShapesOfRealModels) {
+  Random r(14);
+  const int64_t ns[] = {576, 192, 40, 272}, ks[] = {576, 1536, 1024, 2048}, gs[] = {64, 32, 128, 256, 1 << 20};
+  const int64_t ms[] = {1, 2, 4, 8, 16, 15, 40};
+  int i = 0;
+  for (int f = 0; f < kFormatCount; ++f)
+    for (int repeat = 0; repeat < 5; ++repeat, ++i) {
+      testing::TestMatrix w(r, kFormats[f].name, ns[i % 4], ks[(i / 2) % 4], gs[(i + f) % 5],
+                            i % 2 ? DType::kF16 : DType::kBF16, ZeroKind((i / 3) % 3), i % 2 ? DType::kF32 : DType::kBF16,
+                            i % 6 == 5);
+      const int64_t m = ms[i % 7];
+      check_a8(r, w, m, kTypes[i % 3], ActivationScale(i / 2 % 2), 0, i % 2 == 1, i % 4 == 0 && m > 3 ? 3 : -1);
+      if (HasFatalFailure()) return;
+    }
+}
+
 TEST(LinearA8Cuda, SumsAGroupOfSeventyThousandColumnsWithoutOverflow) {
   Random r(12);
   testing::TestMatrix w(r, "uint8", 2, 140000, 140000, DType::kF32, ZeroKind::kFixed, DType::kF32, false);

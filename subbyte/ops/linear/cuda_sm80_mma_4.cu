@@ -1,0 +1,14 @@
+// Few rows of x on the matrix units, codes of 4 bits: see rows_mma_cuda.h.
+#include "subbyte/ops/linear/rows_mma_cuda.h"
+
+namespace subbyte::cuda {
+
+void launch_rows_4(const LinearParams& p, Stream stream) {
+  switch (rows_pieces(p.w)) {
+    case 1: launch_rows_pieces<4, 1>(rows_view(p), stream); break;
+    case 2: launch_rows_pieces<4, 2>(rows_view(p), stream); break;
+    default: launch_rows_pieces<4, 4>(rows_view(p), stream); break;
+  }
+}
+
+}  // namespace subbyte::cuda
