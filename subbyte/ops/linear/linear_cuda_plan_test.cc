@@ -76,6 +76,14 @@ TEST(LinearCudaPlan, BlocksFillTheDeviceAboutOnceAndNoWarpIsIdle) {
   EXPECT_EQ(cuda::rows_warps(1, 1, 132), 4);
 }
 
+TEST(LinearCudaPlan, ManyRowsOfXPreferADenseLibraryButFloat64Never) {
+  EXPECT_FALSE(cuda::linear_prefer_dense(64, DType::kBF16));
+  EXPECT_TRUE(cuda::linear_prefer_dense(128, DType::kF16));
+  EXPECT_FALSE(cuda::linear_prefer_dense(1, DType::kF32));
+  EXPECT_TRUE(cuda::linear_prefer_dense(64, DType::kF32));
+  EXPECT_FALSE(cuda::linear_prefer_dense(1000, DType::kF64));
+}
+
 TEST(LinearCudaPlan, XIsStagedForAPermutationOrOddAlignment) {
   LinearParams p;
   p.w = weight("uint4", 4096, 128);
