@@ -7,7 +7,6 @@
 """
 
 from . import _library
-
 from ._library import info  # noqa: E402
 
 _library.load()
@@ -21,5 +20,6 @@ from .gguf import load_gguf  # noqa: E402
 from .packed_weight import PackedWeight, set_rounding_generator  # noqa: E402
 from .transformers_gguf import llama_tensors, model_from_gguf  # noqa: E402
 
-__all__ = ["FormatError", "LayerReport", "PackedWeight", "QuantizeReport", "TensorFile", "doctor", "functional", "info", "llama_tensors",
-           "load",            "load_gguf", "load_weights_", "model_from_gguf", "nn", "quantize_", "save", "set_rounding_generator"]
+__all__ = ["FormatError", "LayerReport", "PackedWeight", "QuantizeReport", "TensorFile", "doctor", "functional", "info",
+           "llama_tensors", "load", "load_gguf", "load_weights_", "model_from_gguf", "nn", "quantize_", "save",
+           "set_rounding_generator"]
