@@ -283,8 +283,32 @@ def _function_embedding(input, weight, padding_idx=None, max_norm=None, norm_typ
         raise ValueError("embedding: max_norm rewrites rows of the table, which a packed table does not support")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _ops.embedding(input, _handle(weight), *weight.packed_args, -1 if padding_idx is None else padding_idx,
-                          **({} if weight.dtype == weight.scales.dtype else {"dtype": weight.dtype}))
+    padding_idx = -1 if padding_idx is None else padding_idx
+    if weight.dtype == weight.scales.dtype:
+        return _ops.embedding(input, _handle(weight), *weight.packed_args, padding_idx)
+    if _handle(weight) is None:
+        return _look_up(input, weight)
+    return _LookUpAs.apply(input, weight, padding_idx)
+
+
+def _look_up(indices, weight):
+    """embedding with the values in the weight's dtype, formed in float32: the op gives the scales' dtype, which may be narrower."""
+    rows = indices.reshape(-1)
+    parts = [None if (part := getattr(weight, name)) is None else part.index_select(0, rows) for name in PART_NAMES[:-1]]
+    values = _ops.dequantize(*parts, weight.perm, weight.format, weight.in_features, weight.group_size, weight.dtype)
+    return values.view(*indices.shape, weight.in_features)
+
+
+class _LookUpAs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, indices, weight, padding_idx):
+        ctx.save_for_backward(indices)
+        ctx.rows, ctx.padding_idx = weight.shape[0], padding_idx
+        return _look_up(indices, weight)
+
+    @staticmethod
+    def backward(ctx, gy):
+        return None, _ops.embedding_grad_weight(gy, ctx.saved_tensors[0], ctx.rows, ctx.padding_idx), None
 
 
 @_overrides(torch.Tensor.__setitem__)
@@ -425,7 +449,9 @@ def _linear(func, input, weight, bias=None):
 def _aten_embedding(func, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     if not isinstance(weight, PackedWeight) or weight.transposed:
         return NotImplemented
-    return _ops.embedding(indices, None, *weight.packed_args, padding_idx, **({} if weight.dtype == weight.scales.dtype else {"dtype": weight.dtype}))
+    if weight.dtype == weight.scales.dtype:
+        return _ops.embedding(indices, None, *weight.packed_args, padding_idx)
+    return _look_up(indices, weight)
 
 
 # Writing.

@@ -337,7 +337,7 @@ def test_values_that_are_not_finite_are_refused_and_leave_the_weight_alone():
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_forward_and_backward_equal_eager_without_a_graph_break(dynamic, trained, device):
     torch._dynamo.reset()
-    model = torch.nn.Sequential(subbyte.nn.Embedding(20, 37, bits=8, group_size=16), subbyte.nn.Linear(37, 12, bits=4, group_size=16),
+    model = torch.nn.Sequential(subbyte.nn.Embedding(20, 37, bits=8, group_size=16, scale_dtype=torch.float16), subbyte.nn.Linear(37, 12, bits=4, group_size=16),
                                 torch.nn.ReLU(), subbyte.nn.Linear(12, 5, format="ternary", group_size=8)).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(trained or parameter.dim() == 1)
