@@ -26,7 +26,7 @@ def installed_torch():
 
 
 def torch_version(folder):
-    """"2.11.0" of a torch package, without its local part."""
+    """ "2.11.0" of a torch package, without its local part."""
     match = re.search(r"^__version__ = '(\d+\.\d+\.\d+)", (folder / "version.py").read_text(), re.MULTILINE)
     if match is None:
         raise SystemExit(f"subbyte: {folder / 'version.py'} names no version")

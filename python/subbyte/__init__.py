@@ -1,9 +1,9 @@
 """subbyte: neural networks with 1- to 8-bit packed weights, run and trained on stock PyTorch.
 
-    model = ...                                   any torch.nn model
-    print(subbyte.quantize_(model, bits=4))       pack its weights in place
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)     they train as they are
-    subbyte.save(model, "model.safetensors")
+model = ...                                   any torch.nn model
+print(subbyte.quantize_(model, bits=4))       pack its weights in place
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)     they train as they are
+subbyte.save(model, "model.safetensors")
 """
 
 from . import _library
@@ -20,6 +20,22 @@ from .gguf import load_gguf  # noqa: E402
 from .packed_weight import PackedWeight, set_rounding_generator  # noqa: E402
 from .transformers_gguf import llama_tensors, model_from_gguf  # noqa: E402
 
-__all__ = ["FormatError", "LayerReport", "PackedWeight", "QuantizeReport", "TensorFile", "doctor", "functional", "info",
-           "llama_tensors", "load", "load_gguf", "load_weights_", "model_from_gguf", "nn", "quantize_", "save",
-           "set_rounding_generator"]
+__all__ = [
+    "FormatError",
+    "LayerReport",
+    "PackedWeight",
+    "QuantizeReport",
+    "TensorFile",
+    "doctor",
+    "functional",
+    "info",
+    "llama_tensors",
+    "load",
+    "load_gguf",
+    "load_weights_",
+    "model_from_gguf",
+    "nn",
+    "quantize_",
+    "save",
+    "set_rounding_generator",
+]

@@ -14,7 +14,9 @@ _SYMMETRIC = ("sign", "ternary")  # formats that have no other use than around t
 def format_bits(format, in_features=8):
     """Bits a code: an int, or for mixed width the mean over a row of in_features codes as the library lays it out."""
     if "*" in format:
-        return 8 * _ops.pack(torch.empty(1, in_features, dtype=torch.uint8, device="meta"), format).shape[1] / max(1, in_features)
+        return (
+            8 * _ops.pack(torch.empty(1, in_features, dtype=torch.uint8, device="meta"), format).shape[1] / max(1, in_features)
+        )
     return _ops.pack(torch.empty(1, 8, dtype=torch.uint8, device="meta"), format).shape[1]
 
 

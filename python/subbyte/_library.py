@@ -1,7 +1,7 @@
 """Finds and loads libsubbyte_torch.so, the library with the operations, and checks that it fits the PyTorch in use.
 
-Where it is looked for: $SUBBYTE_TORCH_LIB (a file), then beside this module, where a wheel puts it. The library calls PyTorch's C++
-interface, which changes with every minor version, so it must have been built against the minor version that is imported.
+Where it is looked for: $SUBBYTE_TORCH_LIB (a file), then beside this module, where a wheel puts it. The library calls PyTorch's
+C++ interface, which changes with every minor version, so it must have been built against the minor version that is imported.
 """
 
 import ctypes
@@ -27,8 +27,10 @@ def find():
     packaged = Path(__file__).resolve().parent / LIBRARY_NAME
     if packaged.is_file():
         return packaged
-    raise LibraryError(f"subbyte: {packaged} does not exist. Install the package ('pip install .' in its source folder builds the "
-                       f"library), or build it with CMake and set SUBBYTE_TORCH_LIB to the path of {LIBRARY_NAME}")
+    raise LibraryError(
+        f"subbyte: {packaged} does not exist. Install the package ('pip install .' in its source folder builds the "
+        f"library), or build it with CMake and set SUBBYTE_TORCH_LIB to the path of {LIBRARY_NAME}"
+    )
 
 
 def _text(library, function):
@@ -80,13 +82,21 @@ def _recorded_version(path):
 def _mismatch(path, built_with, why=None):
     built = f"was built with PyTorch {built_with}" if built_with else "does not load"
     fits = built_with is not None and _minor(built_with) == _minor(torch.__version__)
-    advice = ("Reinstall it for the PyTorch that is here: pip install --force-reinstall --no-deps <subbyte source folder>"
-              + ("" if built_with is None or fits else f", or install PyTorch {'.'.join(_minor(built_with))}"))
-    return (f"subbyte: {path} {built}, and this is PyTorch {torch.__version__}. The library works with the minor version it was built "
-            f"with alone. {advice}." + (f" ({why})" if why else ""))
+    advice = "Reinstall it for the PyTorch that is here: pip install --force-reinstall --no-deps <subbyte source folder>" + (
+        "" if built_with is None or fits else f", or install PyTorch {'.'.join(_minor(built_with))}"
+    )
+    return (
+        f"subbyte: {path} {built}, and this is PyTorch {torch.__version__}. The library works "
+        f"with the minor version it was built with alone. {advice}." + (f" ({why})" if why else "")
+    )
 
 
 def info():
     """Path, version, PyTorch version built against, and whether CUDA kernels are inside."""
     load()
-    return {"path": str(_Loaded.path), "version": _Loaded.version, "built_with": _Loaded.built_with, "has_cuda": _Loaded.has_cuda}
+    return {
+        "path": str(_Loaded.path),
+        "version": _Loaded.version,
+        "built_with": _Loaded.built_with,
+        "has_cuda": _Loaded.has_cuda,
+    }

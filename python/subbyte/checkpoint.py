@@ -1,7 +1,7 @@
 """Native checkpoints: safetensors files whose metadata key "subbyte" describes the packed weights in it.
 
-Schema version 1, read and written alike by the C++ library (subbyte/io/checkpoint.h): a packed weight NAME is stored as the tensors
-NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, and described in the JSON text of the key as
+Schema version 1, read and written alike by the C++ library (subbyte/io/checkpoint.h): a packed weight NAME is stored as the
+tensors NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, and described in the JSON text of the key as
     {"version": 1, "weights": {NAME: {"format": ..., "in_features": ..., "group_size": ...}}, "tied": {OTHER_NAME: NAME}}
 "tied" lists names that are the same tensor as another one, which is stored once.
 """
@@ -23,7 +23,7 @@ _KEY = "subbyte"
 
 
 class FormatError(ValueError):
-    """A file that is not what it says it is: truncated, damaged, or of an unknown kind. The text names the file and what is wrong."""
+    """A file that is not what it says it is: truncated, damaged, of an unknown kind. The text names the file and the fault."""
 
 
 class TensorFile(dict):
@@ -49,13 +49,15 @@ def _tensors_of(model_or_tensors):
 def save(model_or_tensors, path, metadata=None):
     """Writes a model, or a mapping of names to tensors and PackedWeights, as a native checkpoint.
 
-    The file appears under its name when it is complete; an interrupted run leaves the old file as it was. A tensor under several
-    names (tied weights) is stored once. metadata: further text entries, {str: str}.
+    The file appears under its name when it is complete; an interrupted run leaves the old file as it was. A tensor under
+    several names (tied weights) is stored once. metadata: further text entries, {str: str}.
     """
     path, metadata = Path(path), dict(metadata or {})
     for key, value in metadata.items():
         if key in (_KEY, "format") or not isinstance(key, str) or not isinstance(value, str):
-            raise ValueError(f"save: metadata entry {key!r}: {value!r}: expected text under a name other than 'format' and '{_KEY}'")
+            raise ValueError(
+                f"save: metadata entry {key!r}: {value!r}: expected text under a name other than 'format' and '{_KEY}'"
+            )
     flat, weights, tied, first_name = {}, {}, {}, {}
 
     def put(name, tensor):
@@ -124,16 +126,20 @@ def load(path, device="cpu"):
         out.metadata.update({k: v for k, v in metadata.items() if k not in out.metadata})
     for name, other in tied.items():
         if other not in out or name in out:
-            raise FormatError(f"{path}: metadata '{_KEY}': '{name}' is tied to '{other}', which "
-                              f"{'is stored too' if name in out else 'the file does not hold'}")
+            raise FormatError(
+                f"{path}: metadata '{_KEY}': '{name}' is tied to '{other}', which "
+                f"{'is stored too' if name in out else 'the file does not hold'}"
+            )
         out[name] = out[other]
     return out
 
 
 def _shards(path):
     if path.is_dir():
-        path = next((p for p in (path / "model.safetensors.index.json", path / "model.safetensors") if p.exists()), None) or path / \
-            "model.safetensors"
+        path = (
+            next((p for p in (path / "model.safetensors.index.json", path / "model.safetensors") if p.exists()), None)
+            or path / "model.safetensors"
+        )
     if not path.name.endswith(".index.json"):
         return [path]
     try:
@@ -162,7 +168,9 @@ def _unpack_described(file, text, tensors):
             if name in tensors:
                 raise FormatError(f"{where}: weight '{name}' is stored dense and packed")
             try:
-                tensors[name] = PackedWeight(**parts, format=told["format"], in_features=told["in_features"], group_size=told["group_size"])
+                tensors[name] = PackedWeight(
+                    **parts, format=told["format"], in_features=told["in_features"], group_size=told["group_size"]
+                )
             except (ValueError, RuntimeError) as error:
                 raise FormatError(f"{where}: weight '{name}': {error}") from None
         return dict(tied)
@@ -176,8 +184,9 @@ def _unpack_described(file, text, tensors):
 def load_weights_(model, tensors, strict=True):
     """Puts tensors and PackedWeights (a TensorFile, or any mapping by name) into a model, in place and without a float detour.
 
-    A PackedWeight replaces the weight of a Linear, Embedding or transformers Conv1D, which becomes its packed class; dtype of the
-    weight it replaces, and sharing between modules, are kept. Other tensors are copied into the parameter or buffer of their name.
+    A PackedWeight replaces the weight of a Linear, Embedding or transformers Conv1D, which becomes its packed class; dtype of
+    the weight it replaces, and sharing between modules, are kept. Other tensors are copied into the parameter or buffer of
+    their name.
     strict: ValueError unless the names are exactly the model's; before anything is changed.
     """
     from .conversion import _KINDS, _kind, _pack_module
@@ -190,15 +199,23 @@ def load_weights_(model, tensors, strict=True):
     unexpected = [name for name in tensors if name not in targets]
     missing = [names[0] for names in names_of.values() if not any(name in tensors for name in names)]
     if strict and (unexpected or missing):
-        raise ValueError("load_weights_: " + "; ".join(f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for what, names in
-                                                       (("not in the model", unexpected), ("not given", missing)) if names))
+        raise ValueError(
+            "load_weights_: "
+            + "; ".join(
+                f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+                for what, names in (("not in the model", unexpected), ("not given", missing))
+                if names
+            )
+        )
     packed = {}
     for name, tensor in tensors.items():
         if name not in targets:
             continue
         target, owner = targets[name], modules[name.rpartition(".")[0]]
         if isinstance(tensor, PackedWeight):
-            kind = "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            kind = (
+                "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            )
             if name.rpartition(".")[2] != "weight" or kind not in _KINDS:
                 raise ValueError(f"load_weights_: '{name}' is packed, but {type(owner).__name__} cannot hold a packed weight")
             shape = target.shape[::-1] if kind == "conv1d" else target.shape
@@ -219,8 +236,12 @@ def load_weights_(model, tensors, strict=True):
         parameter = torch.nn.Parameter(tensor.to(device=target.device, dtype=target.dtype), requires_grad=target.requires_grad)
         for other in names_of[id(target)]:
             owner = modules[other.rpartition(".")[0]]
-            kind = "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            kind = (
+                "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
+            )
             if kind not in _KINDS:
-                raise ValueError(f"load_weights_: '{name}' is packed and shared with '{other}', which cannot hold a packed weight")
+                raise ValueError(
+                    f"load_weights_: '{name}' is packed and shared with '{other}', which cannot hold a packed weight"
+                )
             _pack_module(owner, kind, parameter, getattr(owner, "activation_bits", None))
     return model

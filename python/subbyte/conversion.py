@@ -30,7 +30,7 @@ class LayerReport:
 
 @dataclass
 class QuantizeReport:
-    """What quantize_ did: `layers`, a LayerReport each, and `left`, the modules it left alone with the reason. str() is a table."""
+    """What quantize_ did: `layers`, a LayerReport each, and `left`, modules left alone with the reason. str() is a table."""
 
     layers: list = field(default_factory=list)
     left: dict = field(default_factory=dict)
@@ -56,20 +56,40 @@ class QuantizeReport:
     def __str__(self):
         rows = [("layer", "shape", "format", "bits/weight", "MB before", "MB after", "rel. error")]
         for layer in self.layers:
-            rows.append((layer.name + "".join(f" = {name}" for name in layer.tied), "x".join(map(str, layer.shape)), layer.format,
-                         f"{layer.bits_per_weight:.2f}", f"{layer.bytes_before / 1e6:.2f}", f"{layer.bytes_after / 1e6:.2f}",
-                         f"{layer.error:.4f}"))
-        rows.append(("total", "", "", f"{self.bits_per_weight:.2f}", f"{self.bytes_before / 1e6:.2f}", f"{self.bytes_after / 1e6:.2f}", ""))
+            rows.append(
+                (
+                    layer.name + "".join(f" = {name}" for name in layer.tied),
+                    "x".join(map(str, layer.shape)),
+                    layer.format,
+                    f"{layer.bits_per_weight:.2f}",
+                    f"{layer.bytes_before / 1e6:.2f}",
+                    f"{layer.bytes_after / 1e6:.2f}",
+                    f"{layer.error:.4f}",
+                )
+            )
+        rows.append(
+            (
+                "total",
+                "",
+                "",
+                f"{self.bits_per_weight:.2f}",
+                f"{self.bytes_before / 1e6:.2f}",
+                f"{self.bytes_after / 1e6:.2f}",
+                "",
+            )
+        )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
-                 for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) if i in (0, 2) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.insert(-1, lines[1])
         return "\n".join(lines + [f"left: {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()])
 
 
 def _kind(module):
-    """How a module can be packed: "linear", "embedding", "conv1d" (transformers' transposed linear), None, or a reason against it."""
+    """How a module can be packed: "linear", "embedding", "conv1d" (transformers' transposed linear), None, or why not."""
     kind = type(module)
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return "already packed"
@@ -116,8 +136,23 @@ def _pack_module(module, kind, weight, activation_bits):
 
 
 @torch.no_grad()
-def quantize_(model, *, bits=None, format=None, group_size=64, sym=None, scheme=None, zero_kind=None, scale_dtype=None,
-              activation_bits=None, rounding="nearest", seed=0, skip=(), overrides=None, progress=True):
+def quantize_(
+    model,
+    *,
+    bits=None,
+    format=None,
+    group_size=64,
+    sym=None,
+    scheme=None,
+    zero_kind=None,
+    scale_dtype=None,
+    activation_bits=None,
+    rounding="nearest",
+    seed=0,
+    skip=(),
+    overrides=None,
+    progress=True,
+):
     """Packs the weight of every Linear, Embedding and transformers Conv1D of a model, in place, one layer at a time.
 
     Args:
@@ -129,13 +164,23 @@ def quantize_(model, *, bits=None, format=None, group_size=64, sym=None, scheme=
         overrides: {name or pattern: {option: value}}: other options for the modules that match; a later one wins.
         progress: show a progress bar when it takes more than two seconds.
 
-    A weight that several modules share stays shared: it is packed once, left alone when one of them is skipped, and refused when
-    their options differ. Other modules (convolutions, norms, subclasses with a forward of their own) stay as they are.
+    A weight that several modules share stays shared: it is packed once, left alone when one of them is skipped, and refused
+    when their options differ. Other modules (convolutions, norms, subclasses with a forward of their own) stay as they are.
     Returns a QuantizeReport; print it for a table. ValueError for an unknown option or a pattern that matches nothing, before
     anything is changed.
     """
-    base = {"bits": bits, "format": format, "group_size": group_size, "sym": sym, "scheme": scheme, "zero_kind": zero_kind,
-            "scale_dtype": scale_dtype, "rounding": rounding, "seed": seed, "activation_bits": activation_bits}
+    base = {
+        "bits": bits,
+        "format": format,
+        "group_size": group_size,
+        "sym": sym,
+        "scheme": scheme,
+        "zero_kind": zero_kind,
+        "scale_dtype": scale_dtype,
+        "rounding": rounding,
+        "seed": seed,
+        "activation_bits": activation_bits,
+    }
     overrides = overrides or {}
     if isinstance(skip, str):
         raise ValueError(f"quantize_: skip is the string {skip!r}, expected a list of names or patterns")
@@ -146,12 +191,17 @@ def quantize_(model, *, bits=None, format=None, group_size=64, sym=None, scheme=
 
     # A pattern may name a module or anything around it: "encoder" stands for "encoder.*".
     def select(pattern, what):
-        chosen = set(_matching(pattern, candidates)) | {n for n in candidates for around in _matching(pattern, modules)
-                                                        if around and n.startswith(around + ".")}
+        chosen = set(_matching(pattern, candidates)) | {
+            n for n in candidates for around in _matching(pattern, modules) if around and n.startswith(around + ".")
+        }
         if not chosen:
-            near = [n for n in candidates if pattern.strip("*.") and pattern.strip("*.").split(".")[-1] in n][:3] or candidates[:3]
-            raise ValueError(f"quantize_: {what} '{pattern}' matches no layer that can be packed; there are, for example, "
-                             f"{', '.join(near) or 'none'}")
+            near = [n for n in candidates if pattern.strip("*.") and pattern.strip("*.").split(".")[-1] in n][:3] or candidates[
+                :3
+            ]
+            raise ValueError(
+                f"quantize_: {what} '{pattern}' matches no layer that can be packed; there are, for example, "
+                f"{', '.join(near) or 'none'}"
+            )
         return chosen
 
     skipped = {name: f"skip '{pattern}'" for pattern in skip for name in select(pattern, "skip")}
@@ -184,15 +234,21 @@ def quantize_(model, *, bits=None, format=None, group_size=64, sym=None, scheme=
         if reason is None and not weight.is_floating_point():
             reason = f"its weight is {weight.dtype}"
         if reason is not None:
-            report.left.update({n: reason if n in skipped or not any(m in skipped for m in names) else f"tied to a layer left by {reason}"
-                                for n in names})
+            report.left.update(
+                {
+                    n: reason if n in skipped or not any(m in skipped for m in names) else f"tied to a layer left by {reason}"
+                    for n in names
+                }
+            )
             continue
         first = options[names[0]]
         for name in names[1:]:
             different = [o for o in _WEIGHT_OPTIONS if options[name][o] != first[o]]
             if different:
-                raise ValueError(f"quantize_: {names[0]} and {name} share their weight, but {different[0]} is "
-                                 f"{first[different[0]]!r} for one and {options[name][different[0]]!r} for the other")
+                raise ValueError(
+                    f"quantize_: {names[0]} and {name} share their weight, but {different[0]} is "
+                    f"{first[different[0]]!r} for one and {options[name][different[0]]!r} for the other"
+                )
         resolve_format(first["bits"], first["format"])
         for name in names:
             nn._check_activation_bits(options[name]["activation_bits"])
@@ -216,8 +272,18 @@ def quantize_(model, *, bits=None, format=None, group_size=64, sym=None, scheme=
             if id(modules[name]) not in seen:
                 _pack_module(modules[name], kinds[name], parameter, options[name]["activation_bits"])
                 seen.add(id(modules[name]))
-        report.layers.append(LayerReport(names[0], tuple(packed.shape), packed.format, packed.bits_per_weight,
-                                         old.numel() * old.element_size(), packed.nbytes, _relative_error(dense, packed), tuple(names[1:])))
+        report.layers.append(
+            LayerReport(
+                names[0],
+                tuple(packed.shape),
+                packed.format,
+                packed.bits_per_weight,
+                old.numel() * old.element_size(),
+                packed.nbytes,
+                _relative_error(dense, packed),
+                tuple(names[1:]),
+            )
+        )
     return report
 
 

@@ -11,9 +11,11 @@ from .packed_weight import PackedWeight
 
 
 def _kernels_work(device):
-    """One product, its gradient and a rounding step on `device`, held against the dense values. Returns what went wrong, or None."""
+    """One product and its gradient on `device`, held against the dense values. Returns what went wrong, or None."""
     generator = torch.Generator().manual_seed(0)
-    weight = PackedWeight.from_float(torch.randn(48, 96, generator=generator), bits=4, group_size=32).to(device).requires_grad_()
+    weight = (
+        PackedWeight.from_float(torch.randn(48, 96, generator=generator), bits=4, group_size=32).to(device).requires_grad_()
+    )
     x = torch.randn(5, 96, generator=generator).to(device)
     y = torch.nn.functional.linear(x, weight)
     y.sum().backward()
@@ -28,9 +30,12 @@ def _kernels_work(device):
 def doctor():
     """Versions, threads, instruction sets, devices, and whether the kernels give right results, as printable text."""
     info = _library.info()
-    lines = [f"subbyte   {info['version']}, {info['path']}",
-             f"PyTorch   {torch.__version__} (library built with {info['built_with']}), Python {platform.python_version()}",
-             f"CPU       {platform.machine()}, {torch.get_num_threads()} threads, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"]
+    lines = [
+        f"subbyte   {info['version']}, {info['path']}",
+        f"PyTorch   {torch.__version__} (library built with {info['built_with']}), Python {platform.python_version()}",
+        f"CPU       {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}",
+    ]
     forced = os.environ.get("SUBBYTE_FORCE_ISA")
     if forced:
         lines.append(f"          SUBBYTE_FORCE_ISA={forced}")
@@ -38,10 +43,16 @@ def doctor():
     if not torch.cuda.is_available():
         lines.append("CUDA      no device" + ("" if info["has_cuda"] else "; the library was built without CUDA kernels"))
     elif not info["has_cuda"]:
-        lines.append(f"CUDA      {torch.cuda.get_device_name()}, but the library was built without CUDA kernels: install it where nvcc is found")
+        lines.append(
+            f"CUDA      {torch.cuda.get_device_name()}, but the library was built without CUDA kernels: "
+            "install it where nvcc is found"
+        )
     else:
         devices.append("cuda")
-        lines.append(f"CUDA      {torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}")
+        lines.append(
+            f"CUDA      {torch.cuda.get_device_name()}, compute capability "
+            f"{'.'.join(map(str, torch.cuda.get_device_capability()))}"
+        )
     for device in devices:
         begin = time.perf_counter()
         try:

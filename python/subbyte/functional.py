@@ -11,8 +11,10 @@ _ops = _library.load()
 
 def _expect_packed(op, weight):
     if not isinstance(weight, PackedWeight) or weight.transposed:
-        raise ValueError(f"{op}: weight is {type(weight).__name__ if not isinstance(weight, PackedWeight) else 'a transposed view'}, "
-                         "expected a PackedWeight [N, K]")
+        raise ValueError(
+            f"{op}: weight is {type(weight).__name__ if not isinstance(weight, PackedWeight) else 'a transposed view'}, "
+            "expected a PackedWeight [N, K]"
+        )
 
 
 def linear(x, weight, bias=None):
@@ -34,7 +36,7 @@ def linear_a8(x, weight, bias=None, x_scale="row"):
 
 
 def embedding(indices, weight, padding_idx=None):
-    """Rows indices [...] of a packed table [V, D] as values [..., D] of the weight's dtype; the row padding_idx gets no gradient."""
+    """Rows indices [...] of a packed table [V, D], [..., D] in the weight's dtype; row padding_idx gets no gradient."""
     _expect_packed("embedding", weight)
     return F.embedding(indices, weight, padding_idx)
 
@@ -68,4 +70,6 @@ def permute_rows(weight, rows):
     if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"permute_rows: rows is {rows.dtype} {list(rows.shape)}, expected a vector of integers")
     parts = {name: part if name == "perm" else part.index_select(0, rows) for name, part in weight.parts.items()}
-    return PackedWeight(**parts, format=weight.format, in_features=weight.in_features, group_size=weight.group_size, dtype=weight.dtype)
+    return PackedWeight(
+        **parts, format=weight.format, in_features=weight.in_features, group_size=weight.group_size, dtype=weight.dtype
+    )

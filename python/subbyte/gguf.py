@@ -41,6 +41,7 @@ def load_gguf(path):
             out[told["name"]] = parts[0]
             continue
         zeros = {} if packed["zero_kind"] == "fixed" else {packed["zero_kind"]: parts[2]}
-        out[told["name"]] = PackedWeight(parts[0], parts[1], **zeros, format=packed["format"], in_features=told["shape"][-1],
-                                         group_size=packed["group_size"])
+        out[told["name"]] = PackedWeight(
+            parts[0], parts[1], **zeros, format=packed["format"], in_features=told["shape"][-1], group_size=packed["group_size"]
+        )
     return out

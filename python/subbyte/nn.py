@@ -1,4 +1,4 @@
-"""torch.nn.Linear and torch.nn.Embedding with a packed weight. They are subclasses, so code that looks for the originals finds them."""
+"""torch.nn.Linear and torch.nn.Embedding with a packed weight: subclasses, so code that looks for the originals finds them."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class _PackedState:
             self._parameters.update(parameters)
         if hasattr(destination, "_metadata"):
             destination._metadata.setdefault(prefix[:-1], {})["subbyte"] = {
-                name: {"format": w.format, "in_features": w.in_features, "group_size": w.group_size} for name, w in packed.items()}
+                name: {"format": w.format, "in_features": w.in_features, "group_size": w.group_size}
+                for name, w in packed.items()
+            }
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         parameters = dict(self._parameters)
@@ -39,8 +41,10 @@ class _PackedState:
             given = {part: state_dict[f"{key}.{part}"] for part in PART_NAMES if f"{key}.{part}" in state_dict}
             ours.update([key], (f"{key}.{part}" for part in given))
             if key in state_dict:
-                error_msgs.append(f"{key}: the checkpoint holds a dense weight, the module a packed one ({weight.format}, groups of "
-                                  f"{weight.group_size}). Load it into the float model first, then quantize")
+                error_msgs.append(
+                    f"{key}: the checkpoint holds a dense weight, the module a packed one ({weight.format}, groups of "
+                    f"{weight.group_size}). Load it into the float model first, then quantize"
+                )
                 continue
             missing_keys.extend(f"{key}.{part}" for part in weight.parts if part not in given)
             unexpected_keys.extend(f"{key}.{part}" for part in given if part not in weight.parts)
@@ -69,8 +73,10 @@ def _load_parts(weight, given, recorded, assign):
     for part, tensor in given.items():
         mine = getattr(weight, part)
         if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
-            raise ValueError(f"{part} is {tensor.dtype} {list(tensor.shape)} in the checkpoint and {mine.dtype} {list(mine.shape)} in the "
-                             f"module ({weight.format}, groups of {weight.group_size})")
+            raise ValueError(
+                f"{part} is {tensor.dtype} {list(tensor.shape)} in the checkpoint and {mine.dtype} {list(mine.shape)} in the "
+                f"module ({weight.format}, groups of {weight.group_size})"
+            )
     if assign:
         return torch.nn.Parameter(PackedWeight(**given, **own, dtype=weight.dtype), requires_grad=weight.requires_grad)
     with torch.no_grad():
@@ -102,20 +108,47 @@ class Linear(_PackedState, torch.nn.Linear):
         activation_bits: 8 rounds the input to int8 a row; None keeps it as it is.
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, bits=None, format=None, group_size=64, sym=None,
-                 scheme=None, zero_kind=None, scale_dtype=None, activation_bits=None):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        bits=None,
+        format=None,
+        group_size=64,
+        sym=None,
+        scheme=None,
+        zero_kind=None,
+        scale_dtype=None,
+        activation_bits=None,
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._pack(activation_bits, bits=bits, format=format, group_size=group_size, sym=sym, scheme=scheme, zero_kind=zero_kind,
-                   scale_dtype=scale_dtype)
+        self._pack(
+            activation_bits,
+            bits=bits,
+            format=format,
+            group_size=group_size,
+            sym=sym,
+            scheme=scheme,
+            zero_kind=zero_kind,
+            scale_dtype=scale_dtype,
+        )
 
     def _pack(self, activation_bits, **packing):
         self.activation_bits = _check_activation_bits(activation_bits)
-        self.weight = torch.nn.Parameter(PackedWeight.from_float(self.weight, **packing), requires_grad=self.weight.requires_grad)
+        self.weight = torch.nn.Parameter(
+            PackedWeight.from_float(self.weight, **packing), requires_grad=self.weight.requires_grad
+        )
 
     @classmethod
     def from_float(cls, linear, *, activation_bits=None, **packing):
         """A packed copy of a torch.nn.Linear; the bias is shared. packing: the options of PackedWeight.from_float."""
-        weight = torch.nn.Parameter(PackedWeight.from_float(linear.weight, **packing), requires_grad=linear.weight.requires_grad)
+        weight = torch.nn.Parameter(
+            PackedWeight.from_float(linear.weight, **packing), requires_grad=linear.weight.requires_grad
+        )
         return cls.from_packed(weight, linear.bias, activation_bits=activation_bits).train(linear.training)
 
     @classmethod
@@ -125,8 +158,12 @@ class Linear(_PackedState, torch.nn.Linear):
         torch.nn.Module.__init__(module)
         module.out_features, module.in_features = weight.shape
         module.activation_bits = _check_activation_bits(activation_bits)
-        module.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
-        module.register_parameter("bias", bias if bias is None or isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias))
+        module.weight = (
+            weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
+        )
+        module.register_parameter(
+            "bias", bias if bias is None or isinstance(bias, torch.nn.Parameter) else torch.nn.Parameter(bias)
+        )
         return module
 
     def forward(self, input):
@@ -135,31 +172,60 @@ class Linear(_PackedState, torch.nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
     def extra_repr(self):
-        return (super().extra_repr() + _packing_repr(self.weight)
-                + (f", activation_bits={self.activation_bits}" if self.activation_bits else ""))
+        return (
+            super().extra_repr()
+            + _packing_repr(self.weight)
+            + (f", activation_bits={self.activation_bits}" if self.activation_bits else "")
+        )
 
 
 class Embedding(_PackedState, torch.nn.Embedding):
-    """torch.nn.Embedding whose table [num_embeddings, embedding_dim] is packed. A look-up costs what it looks up, whatever the table's size.
+    """torch.nn.Embedding whose table [num_embeddings, embedding_dim] is packed. A look-up costs what it looks up.
 
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: as in torch.nn.Embedding.
         bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
     """
 
-    def __init__(self, num_embeddings, embedding_dim, padding_idx=None, device=None, dtype=None, *, bits=None, format=None, group_size=64,
-                 sym=None, scheme=None, zero_kind=None, scale_dtype=None):
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        padding_idx=None,
+        device=None,
+        dtype=None,
+        *,
+        bits=None,
+        format=None,
+        group_size=64,
+        sym=None,
+        scheme=None,
+        zero_kind=None,
+        scale_dtype=None,
+    ):
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self._pack(bits=bits, format=format, group_size=group_size, sym=sym, scheme=scheme, zero_kind=zero_kind, scale_dtype=scale_dtype)
+        self._pack(
+            bits=bits,
+            format=format,
+            group_size=group_size,
+            sym=sym,
+            scheme=scheme,
+            zero_kind=zero_kind,
+            scale_dtype=scale_dtype,
+        )
 
     def _pack(self, **packing):
-        self.weight = torch.nn.Parameter(PackedWeight.from_float(self.weight, **packing), requires_grad=self.weight.requires_grad)
+        self.weight = torch.nn.Parameter(
+            PackedWeight.from_float(self.weight, **packing), requires_grad=self.weight.requires_grad
+        )
 
     @classmethod
     def from_float(cls, embedding, **packing):
         """A packed copy of a torch.nn.Embedding without max_norm, scale_grad_by_freq and sparse."""
         refuse_embedding_options(embedding)
-        weight = torch.nn.Parameter(PackedWeight.from_float(embedding.weight, **packing), requires_grad=embedding.weight.requires_grad)
+        weight = torch.nn.Parameter(
+            PackedWeight.from_float(embedding.weight, **packing), requires_grad=embedding.weight.requires_grad
+        )
         return cls.from_packed(weight, embedding.padding_idx).train(embedding.training)
 
     @classmethod
@@ -170,7 +236,9 @@ class Embedding(_PackedState, torch.nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
         module.padding_idx, module.max_norm, module.norm_type = padding_idx, None, 2.0
         module.scale_grad_by_freq = module.sparse = False
-        module.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
+        module.weight = (
+            weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
+        )
         return module
 
     def extra_repr(self):

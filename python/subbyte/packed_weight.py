@@ -1,12 +1,12 @@
 """The packed parameter: a float-typed tensor whose storage is codes of 1 to 8 bits.
 
-`PackedWeight` says float32 [N, K] to PyTorch, so that it may require a gradient, be a parameter and sit in an optimizer, and holds the
-parts of a packed matrix instead of values. Three levels of operations, tried in this order:
+`PackedWeight` says float32 [N, K] to PyTorch, so that it may require a gradient, be a parameter and sit in an optimizer, and
+holds the parts of a packed matrix instead of values. Three levels of operations, tried in this order:
 
   __torch_function__  F.linear, F.embedding and products with the transposed weight become one packed op with its own gradient.
   __torch_dispatch__  _HANDLERS: what works on the parts alone (t, detach, clone, to, mm, copy_, mul_ by a number, ...).
-  anything else       runs on the dequantized values. Where it writes to the weight, the result is encoded back onto the weight's own
-                      grid by stochastic rounding, which is what lets any optimizer of torch.optim take steps.
+  anything else       runs on the dequantized values. Where it writes to the weight, the result is encoded back onto the
+                      weight's own grid by stochastic rounding, which lets any optimizer of torch.optim take steps.
 
 A view of a packed weight (w[0], w.view(-1)) is a dense copy: writing to it does not reach the weight. w[i] = v does.
 """
@@ -61,8 +61,20 @@ class PackedWeight(torch.Tensor):
             float32 from the parts as they are: changing dtype (w.to(torch.float16)) loses nothing.
     """
 
-    def __new__(cls, codes, scales, zeros=None, offsets=None, perm=None, *, format, in_features, group_size, dtype=None,
-                requires_grad=False):
+    def __new__(
+        cls,
+        codes,
+        scales,
+        zeros=None,
+        offsets=None,
+        perm=None,
+        *,
+        format,
+        in_features,
+        group_size,
+        dtype=None,
+        requires_grad=False,
+    ):
         in_features, group_size = int(in_features), int(group_size)
         meta = [None if t is None else t.detach().to("meta") for t in (codes, scales, zeros, offsets, perm)]
         _ops.dequantize(*meta, format, in_features, group_size)  # the shape rule of the op is the check
@@ -76,26 +88,45 @@ class PackedWeight(torch.Tensor):
         pass
 
     @classmethod
-    def _wrap(cls, codes, scales, zeros, offsets, perm, format, in_features, group_size, dtype, transposed=False, requires_grad=False):
+    def _wrap(
+        cls, codes, scales, zeros, offsets, perm, format, in_features, group_size, dtype, transposed=False, requires_grad=False
+    ):
         n = codes.shape[0]
         size, stride = ((in_features, n), (1, in_features)) if transposed else ((n, in_features), (in_features, 1))
-        self = torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=codes.device,
-                                                   requires_grad=requires_grad)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=stride, dtype=dtype, device=codes.device, requires_grad=requires_grad
+        )
         self.codes, self.scales, self.zeros, self.offsets, self.perm = codes, scales, zeros, offsets, perm
         self.format, self.in_features, self.group_size = format, in_features, group_size
         self.transposed = transposed
         return self
 
     @classmethod
-    def from_float(cls, w, *, bits=None, format=None, group_size=64, sym=None, scheme=None, zero_kind=None, scale_dtype=None, perm=None,
-                   rounding="nearest", seed=0, dtype=None, requires_grad=False):
+    def from_float(
+        cls,
+        w,
+        *,
+        bits=None,
+        format=None,
+        group_size=64,
+        sym=None,
+        scheme=None,
+        zero_kind=None,
+        scale_dtype=None,
+        perm=None,
+        rounding="nearest",
+        seed=0,
+        dtype=None,
+        requires_grad=False,
+    ):
         """Quantizes a float matrix [N, K].
 
         Args:
             bits, format: one of them; bits 1 is "sign", bits b is "uint<b>".
             group_size: columns that share a scale; -1 for a whole row.
             sym: True for the format's fixed zero, False for a zero or an offset a group. None: True for sign and ternary only.
-            scheme: how scales are chosen: "minmax", "absmax" or "absmean". None: minmax; absmax when sym; absmean for sign and ternary.
+            scheme: how scales are chosen: "minmax", "absmax" or "absmean". None: minmax; absmax when sym; absmean for sign and
+                ternary.
             zero_kind: "offsets" or "zeros" when not sym.
             scale_dtype: float32, float16 or bfloat16 of scales and offsets; w's when None.
             rounding: "nearest" or "stochastic" (with seed).
@@ -105,13 +136,25 @@ class PackedWeight(torch.Tensor):
         if isinstance(w, PackedWeight):
             w = w.dequantize()
         if w.dim() != 2 or not w.is_floating_point():
-            raise ValueError(f"PackedWeight.from_float: w is {w.dtype} {list(w.shape)}, expected a floating point matrix [N, K]")
+            raise ValueError(
+                f"PackedWeight.from_float: w is {w.dtype} {list(w.shape)}, expected a floating point matrix [N, K]"
+            )
         format = resolve_format(bits, format)
         group_size = resolve_group_size(group_size, w.shape[1])
         scheme, zero_kind = default_scheme(format, sym, scheme, zero_kind)
         codes, scales, zeros = _ops.quantize(w, format, group_size, scheme, zero_kind, scale_dtype, perm, rounding, seed)
-        return cls._wrap(codes, scales, zeros if zero_kind == "zeros" else None, zeros if zero_kind == "offsets" else None, perm, format,
-                         w.shape[1], group_size, dtype or w.dtype, requires_grad=requires_grad)
+        return cls._wrap(
+            codes,
+            scales,
+            zeros if zero_kind == "zeros" else None,
+            zeros if zero_kind == "offsets" else None,
+            perm,
+            format,
+            w.shape[1],
+            group_size,
+            dtype or w.dtype,
+            requires_grad=requires_grad,
+        )
 
     # ---- what it is
 
@@ -147,11 +190,17 @@ class PackedWeight(torch.Tensor):
 
     def __repr__(self, *, tensor_contents=None):
         kind = "zeros" if self.zeros is not None else "offsets" if self.offsets is not None else "fixed zero"
-        text = (f"PackedWeight({list(self.shape)}, format='{self.format}', group_size={self.group_size}, {kind}, "
-                f"scales={str(self.scales.dtype)[6:]}, dtype={str(self.dtype)[6:]}, device='{self.device}', "
-                f"{self.bits_per_weight:.4g} bits per weight, {self.nbytes} bytes")
-        return text + (", perm" if self.perm is not None else "") + (", transposed" if self.transposed else "") + (
-            ", requires_grad=True)" if self.requires_grad else ")")
+        text = (
+            f"PackedWeight({list(self.shape)}, format='{self.format}', group_size={self.group_size}, {kind}, "
+            f"scales={str(self.scales.dtype)[6:]}, dtype={str(self.dtype)[6:]}, device='{self.device}', "
+            f"{self.bits_per_weight:.4g} bits per weight, {self.nbytes} bytes"
+        )
+        return (
+            text
+            + (", perm" if self.perm is not None else "")
+            + (", transposed" if self.transposed else "")
+            + (", requires_grad=True)" if self.requires_grad else ")")
+        )
 
     # ---- life: flatten for compile, copy, pickle
 
@@ -166,13 +215,21 @@ class PackedWeight(torch.Tensor):
     def _stable_hash_for_caching(self):
         # The compiler's cache across processes: everything that compiled code may depend on.
         names, context = self.__tensor_flatten__()
-        described = [(name, str(part.dtype), str(part.device), tuple(part.shape), part.stride()) for name, part in self.parts.items()]
+        described = [
+            (name, str(part.dtype), str(part.device), tuple(part.shape), part.stride()) for name, part in self.parts.items()
+        ]
         return repr((names, context, described, tuple(self.shape), self.requires_grad))
 
     def _map_parts(self, function, dtype=None, transposed=None):
         parts = [None if (part := getattr(self, name)) is None else function(part) for name in PART_NAMES]
-        return PackedWeight._wrap(*parts, self.format, self.in_features, self.group_size, dtype or self.dtype,
-                                  self.transposed if transposed is None else transposed)
+        return PackedWeight._wrap(
+            *parts,
+            self.format,
+            self.in_features,
+            self.group_size,
+            dtype or self.dtype,
+            self.transposed if transposed is None else transposed,
+        )
 
     def __deepcopy__(self, memo):
         if id(self) in memo:
@@ -189,8 +246,16 @@ class PackedWeight(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         parts = tuple(getattr(self, name) for name in PART_NAMES)
-        return _rebuild_packed_weight, (parts, self.format, self.in_features, self.group_size, self.dtype, self.transposed,
-                                        self.requires_grad, getattr(self, "_is_param", False))
+        return _rebuild_packed_weight, (
+            parts,
+            self.format,
+            self.in_features,
+            self.group_size,
+            self.dtype,
+            self.transposed,
+            self.requires_grad,
+            getattr(self, "_is_param", False),
+        )
 
     # ---- operations
 
@@ -203,7 +268,8 @@ class PackedWeight(torch.Tensor):
                 return result
         with torch._C.DisableTorchFunctionSubclass():
             if torch.is_inference_mode_enabled() and args and isinstance(args[0], PackedWeight) and not args[0].is_inference():
-                # Inference mode makes no views of ordinary tensors that are wrappers: the result would share their version counter.
+                # Inference mode makes no views of ordinary tensors that are wrappers: the result would share their version
+                # counter.
                 with torch.inference_mode(False), torch.no_grad():
                     return func(*args, **kwargs)
             return func(*args, **kwargs)
@@ -239,7 +305,7 @@ def _rebuild_packed_weight(parts, format, in_features, group_size, dtype, transp
 torch.serialization.add_safe_globals([PackedWeight, _rebuild_packed_weight])
 
 
-# ---- __torch_function__: whole products, with their own gradient --------------------------------------------------------------------
+# ---- __torch_function__: whole products, with their own gradient ------------------------------------------------------------
 
 _FUNCTIONS = {}
 
@@ -292,7 +358,7 @@ def _function_embedding(input, weight, padding_idx=None, max_norm=None, norm_typ
 
 
 def _look_up(indices, weight):
-    """embedding with the values in the weight's dtype, formed in float32: the op gives the scales' dtype, which may be narrower."""
+    """embedding in the weight's dtype, values formed in float32: the op gives the scales' dtype, which may be narrower."""
     rows = indices.reshape(-1)
     parts = [None if (part := getattr(weight, name)) is None else part.index_select(0, rows) for name in PART_NAMES[:-1]]
     values = _ops.dequantize(*parts, weight.perm, weight.format, weight.in_features, weight.group_size, weight.dtype)
@@ -327,7 +393,7 @@ def _function_read(self, *args, **kwargs):
     raise TypeError("a PackedWeight has no array of values; ask for its dequantize() first")
 
 
-# ---- __torch_dispatch__: what works on the parts ------------------------------------------------------------------------------------
+# ---- __torch_dispatch__: what works on the parts ----------------------------------------------------------------------------
 
 _HANDLERS = {}
 
@@ -377,7 +443,9 @@ def _clone(func, self, memory_format=None):
 def _to_copy(func, self, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
-    return self._map_parts(lambda part: func(part, device=device, pin_memory=pin_memory, non_blocking=non_blocking), dtype=dtype)
+    return self._map_parts(
+        lambda part: func(part, device=device, pin_memory=pin_memory, non_blocking=non_blocking), dtype=dtype
+    )
 
 
 @_handles(aten._pin_memory.default)
@@ -396,9 +464,19 @@ def _record_stream(func, self, stream):
         part.record_stream(stream)
 
 
-@_handles(aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default, aten.rand_like.default,
-          aten.randn_like.default, aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default,
-          aten.new_empty_strided.default)
+@_handles(
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_empty.default,
+    aten.new_full.default,
+    aten.new_empty_strided.default,
+)
 def _dense_like(func, self, *args, **kwargs):
     # Optimizer state and gradients are ordinary dense tensors. Of the template only shape, dtype and device count: one element.
     template = self.scales.new_empty((), dtype=self.dtype).expand(self.shape)
@@ -458,13 +536,23 @@ def _aten_embedding(func, weight, indices, padding_idx=-1, scale_grad_by_freq=Fa
 
 
 def _same_grid_kind(a, b):
-    return (a.format, a.in_features, a.group_size, a.transposed, list(a.parts)) == (b.format, b.in_features, b.group_size, b.transposed,
-                                                                                  list(b.parts))
+    return (a.format, a.in_features, a.group_size, a.transposed, list(a.parts)) == (
+        b.format,
+        b.in_features,
+        b.group_size,
+        b.transposed,
+        list(b.parts),
+    )
 
 
 @_handles(aten.copy_.default)
 def _copy_(func, self, source, non_blocking=False):
-    if isinstance(self, PackedWeight) and isinstance(source, PackedWeight) and self.shape == source.shape and _same_grid_kind(self, source):
+    if (
+        isinstance(self, PackedWeight)
+        and isinstance(source, PackedWeight)
+        and self.shape == source.shape
+        and _same_grid_kind(self, source)
+    ):
         if self.scales.dtype == source.scales.dtype:
             for name, part in self.parts.items():
                 part.copy_(getattr(source, name), non_blocking=non_blocking)
@@ -512,8 +600,10 @@ def _foreach_mul_(func, tensors, other):
 
 def _refuse_tracing(weight):
     if torch.compiler.is_compiling() or isinstance(weight.codes, torch._subclasses.FakeTensor):
-        raise RuntimeError("PackedWeight: an in-place update cannot be compiled, its rounding seed would be the same in every step. "
-                           "Compile forward and backward, and run the optimizer's step outside torch.compile")
+        raise RuntimeError(
+            "PackedWeight: an in-place update cannot be compiled, its rounding seed would be the same in every step. "
+            "Compile forward and backward, and run the optimizer's step outside torch.compile"
+        )
 
 
 _written_arguments = {}
@@ -523,15 +613,28 @@ def _writes(func):
     """Positions and names of the arguments that an op writes to."""
     if func not in _written_arguments:
         arguments = func._schema.arguments
-        _written_arguments[func] = [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+        _written_arguments[func] = [
+            (i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
     return _written_arguments[func]
 
 
 def _store(weight, dense):
     if weight.transposed:
         dense = dense.t()
-    _ops.encode_(weight.codes, dense, weight.scales, weight.zeros, weight.offsets, weight.perm, weight.format, weight.group_size,
-                 "stochastic", _draw_seed(), 0)
+    _ops.encode_(
+        weight.codes,
+        dense,
+        weight.scales,
+        weight.zeros,
+        weight.offsets,
+        weight.perm,
+        weight.format,
+        weight.group_size,
+        "stochastic",
+        _draw_seed(),
+        0,
+    )
 
 
 def _run_dense(func, args, kwargs):

@@ -1,8 +1,8 @@
 """A GGUF file as a transformers model whose weights stay as the file packs them.
 
-GGUF files of Llama-type models keep the rows of the query and key projections in another order than transformers: within a head the
-two halves of the rotary pairs are interleaved. Rows are whole byte runs of the packed form, so undoing that moves bytes and changes
-no value. transformers itself is needed only here; it supplies the configuration, the tokenizer and the modules.
+GGUF files of Llama-type models keep the rows of the query and key projections in another order than transformers: within a
+head the two halves of the rotary pairs are interleaved. Rows are whole byte runs of the packed form, so undoing that moves
+bytes and changes no value. transformers itself is needed only here; it supplies the configuration and the modules.
 """
 
 import re
@@ -15,24 +15,35 @@ from .functional import permute_rows
 from .gguf import load_gguf
 from .packed_weight import PackedWeight
 
-_FIXED_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-                "output.weight": "lm_head.weight"}
-_BLOCK_NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-                "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
-                "ffn_norm": "post_attention_layernorm"}
+_FIXED_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 # Derived by transformers from the configuration.
 _IGNORED = ("rope_freqs.weight",)
 
 
 def rotary_row_order(rows, heads):
-    """Row of the GGUF matrix that is row i of transformers' matrix: [heads, rows / heads / 2, 2] read along the last axis first."""
+    """GGUF row that is row i of transformers' matrix: [heads, rows / heads / 2, 2] read along the last axis first."""
     if heads < 1 or rows % (2 * heads):
         raise ValueError(f"rotary_row_order: {rows} rows do not divide into {heads} heads of pairs")
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
 def llama_tensors(file):
-    """The tensors of a Llama-type GGUF file (what load_gguf returns) by transformers' names, rows of q_proj and k_proj put back."""
+    """What load_gguf read of a Llama-type file, by transformers' names, with the rows of q_proj and k_proj put back."""
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"llama_tensors: the file's architecture is {architecture!r}, expected 'llama'")
@@ -58,8 +69,9 @@ def llama_tensors(file):
 def model_from_gguf(path, dtype=torch.float32, device="cpu"):
     """A transformers causal language model on the packed weights of a Llama-type GGUF file, in evaluation mode.
 
-    Only what the file holds as floats (norms) is converted to `dtype`, which is also the type of activations. Needs transformers
-    and the gguf package, which read the configuration. The tokenizer: AutoTokenizer.from_pretrained(folder, gguf_file=name).
+    Only what the file holds as floats (norms) is converted to `dtype`, which is also the type of activations. Needs
+    transformers and the gguf package, which read the configuration. The tokenizer:
+    AutoTokenizer.from_pretrained(folder, gguf_file=name).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

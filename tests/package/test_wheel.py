@@ -1,4 +1,4 @@
-"""`pip install .`: the wheel is built against the installed PyTorch, imports without a compiler, and names a PyTorch that does not fit."""
+"""`pip install .`: the wheel is built against the installed PyTorch, imports without a compiler, refuses one that differs."""
 
 import os
 import subprocess
@@ -23,8 +23,19 @@ def run(*argv, **environment):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    done = run(sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "-w", out, ROOT,
-               SUBBYTE_CUDA="OFF")
+    done = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        out,
+        ROOT,
+        SUBBYTE_CUDA="OFF",
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return next(out.glob("subbyte-*.whl"))
 
@@ -36,7 +47,18 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     site = next((folder / "lib").glob("python*/site-packages"))
-    done = run(sys.executable, "-m", "pip", "--python", python, "install", "--disable-pip-version-check", "--no-deps", "--no-index", wheel)
+    done = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-index",
+        wheel,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (site / "torch_elsewhere.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python, site
@@ -50,7 +72,12 @@ def test_the_wheel_holds_the_package_and_the_library_and_asks_for_its_pytorch(wh
     assert {"subbyte/__init__.py", "subbyte/packed_weight.py", "subbyte/libsubbyte_torch.so"} <= set(names)
     assert not [n for n in names if n.endswith((".h", ".a", ".cmake"))]
     assert recorded == torch.__version__.split("+")[0]
-    for needed in (f"Requires-Dist: torch=={MINOR}.*", "Requires-Dist: numpy", "Requires-Dist: tqdm", "Requires-Dist: safetensors"):
+    for needed in (
+        f"Requires-Dist: torch=={MINOR}.*",
+        "Requires-Dist: numpy",
+        "Requires-Dist: tqdm",
+        "Requires-Dist: safetensors",
+    ):
         assert needed in metadata, metadata
     assert wheel.name.startswith("subbyte-0.1.0-py3-none-")
 
@@ -59,8 +86,13 @@ def test_it_imports_and_works_on_a_machine_without_a_compiler(installed, tmp_pat
     python, _ = installed
     done = run(python, "-m", "subbyte", PATH=str(tmp_path), CC="/nonexistent", CXX="/nonexistent")
     assert done.returncode == 0 and "results are right" in done.stdout, done.stdout + done.stderr
-    done = run(python, "-c", "import subbyte, torch; m = torch.nn.Linear(64, 8); subbyte.quantize_(torch.nn.Sequential(m), bits=4); "
-               "print(m.weight, subbyte.info()['path'])", PATH=str(tmp_path))
+    done = run(
+        python,
+        "-c",
+        "import subbyte, torch; m = torch.nn.Linear(64, 8); subbyte.quantize_(torch.nn.Sequential(m), bits=4); "
+        "print(m.weight, subbyte.info()['path'])",
+        PATH=str(tmp_path),
+    )
     assert "PackedWeight([8, 64]" in done.stdout and "environment" in done.stdout, done.stderr
 
 

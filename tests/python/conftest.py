@@ -22,7 +22,12 @@ def devices():
     import subbyte._library as library
 
     cuda = torch.cuda.is_available() and library.info()["has_cuda"]
-    return ["cpu", pytest.param("cuda", marks=[] if cuda else pytest.mark.skip(reason="no CUDA device, or a library without CUDA kernels"))]
+    return [
+        "cpu",
+        pytest.param(
+            "cuda", marks=[] if cuda else pytest.mark.skip(reason="no CUDA device, or a library without CUDA kernels")
+        ),
+    ]
 
 
 def pytest_generate_tests(metafunc):
@@ -63,6 +68,9 @@ def fashion_mnist():
             return torch.from_numpy(numpy.frombuffer(file.read(), numpy.uint8, offset=header).copy())
 
     def part(name):
-        return read(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 784).float() / 127.5 - 1, read(f"{name}-labels-idx1-ubyte.gz", 8).long()
+        return (
+            read(f"{name}-images-idx3-ubyte.gz", 16).view(-1, 784).float() / 127.5 - 1,
+            read(f"{name}-labels-idx1-ubyte.gz", 8).long(),
+        )
 
     return part("train"), part("t10k")

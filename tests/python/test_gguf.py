@@ -1,4 +1,4 @@
-"""SmolLM2-135M from its GGUF file: packed weights that stand for exactly the file's values, and a model that computes with them."""
+"""SmolLM2-135M from its GGUF file: packed weights that stand for exactly its values, and a model that computes with them."""
 
 import math
 
@@ -24,7 +24,9 @@ def packed_model(gguf_path):
 
 @pytest.fixture(scope="module")
 def float_model(gguf_path):
-    return transformers.AutoModelForCausalLM.from_pretrained(str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf_path.parent), gguf_file=gguf_path.name, dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")

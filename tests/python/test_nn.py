@@ -11,7 +11,9 @@ from subbyte import PackedWeight
 
 
 def model():
-    return torch.nn.Sequential(torch.nn.Embedding(30, 48), torch.nn.Linear(48, 20), torch.nn.ReLU(), torch.nn.Linear(20, 7, bias=False))
+    return torch.nn.Sequential(
+        torch.nn.Embedding(30, 48), torch.nn.Linear(48, 20), torch.nn.ReLU(), torch.nn.Linear(20, 7, bias=False)
+    )
 
 
 class Tied(torch.nn.Module):
@@ -39,8 +41,11 @@ def test_constructors_take_torch_nn_arguments_and_show_the_packing():
     assert subbyte.nn.Linear(48, 20, bias=False, format="sign").bias is None
     table = subbyte.nn.Embedding(30, 48, padding_idx=3, bits=8, scale_dtype=torch.float16)
     assert "30, 48" in repr(table) and "format=uint8" in repr(table) and table(torch.tensor([1])).shape == (1, 48)
-    for wrong in (lambda: subbyte.nn.Linear(4, 4), lambda: subbyte.nn.Linear(4, 4, bits=4, activation_bits=7),
-                  lambda: subbyte.nn.Embedding.from_float(torch.nn.Embedding(3, 4, max_norm=1.0), bits=4)):
+    for wrong in (
+        lambda: subbyte.nn.Linear(4, 4),
+        lambda: subbyte.nn.Linear(4, 4, bits=4, activation_bits=7),
+        lambda: subbyte.nn.Embedding.from_float(torch.nn.Embedding(3, 4, max_norm=1.0), bits=4),
+    ):
         with pytest.raises(ValueError):
             wrong()
 
@@ -49,7 +54,9 @@ def test_from_float_equals_the_float_module_on_the_rounded_weight(device):
     linear = torch.nn.Linear(48, 20).to(device)
     packed = subbyte.nn.Linear.from_float(linear, bits=5, group_size=16)
     x = torch.randn(3, 48, device=device)
-    torch.testing.assert_close(packed(x), torch.nn.functional.linear(x, packed.weight.dequantize(), linear.bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        packed(x), torch.nn.functional.linear(x, packed.weight.dequantize(), linear.bias), atol=1e-5, rtol=1e-5
+    )
     assert packed.bias is linear.bias
 
 
@@ -72,7 +79,9 @@ def test_embedding_rows_are_exact_and_the_padding_row_gets_no_gradient(device):
     assert y.dtype == torch.float32 and torch.equal(y, table.weight.dequantize()[indices])
     y.sum().backward()
     assert table.weight.grad[1].eq(2).all() and table.weight.grad[29].eq(1).all() and table.weight.grad[2].eq(0).all()
-    with pytest.raises((IndexError, RuntimeError)) if device == "cpu" else pytest.raises((IndexError, RuntimeError, ValueError)):
+    with (
+        pytest.raises((IndexError, RuntimeError)) if device == "cpu" else pytest.raises((IndexError, RuntimeError, ValueError))
+    ):
         table.cpu()(torch.tensor([30]))
 
 
@@ -84,8 +93,18 @@ def test_state_dict_holds_plain_tensors_and_loads_back_exactly():
     for m in (a, b):
         subbyte.quantize_(m, bits=4, group_size=16)
     state = a.state_dict()
-    assert list(state) == ["0.weight.codes", "0.weight.scales", "0.weight.offsets", "1.weight.codes", "1.weight.scales",
-                           "1.weight.offsets", "1.bias", "3.weight.codes", "3.weight.scales", "3.weight.offsets"]
+    assert list(state) == [
+        "0.weight.codes",
+        "0.weight.scales",
+        "0.weight.offsets",
+        "1.weight.codes",
+        "1.weight.scales",
+        "1.weight.offsets",
+        "1.bias",
+        "3.weight.codes",
+        "3.weight.scales",
+        "3.weight.offsets",
+    ]
     assert all(type(t) is torch.Tensor and not t.requires_grad for t in state.values())
     file = io.BytesIO()
     torch.save(state, file)
@@ -101,12 +120,17 @@ def test_state_dict_holds_plain_tensors_and_loads_back_exactly():
     assert torch.equal(a(x), c(x)) and c[1].weight.codes.data_ptr() == a[1].weight.codes.data_ptr()
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda s: s.pop("1.weight.scales"), r"Missing.*1\.weight\.scales"), (lambda s: s.update({"1.weight.perm": torch.zeros(48)}), r"1\.weight\.perm"),
-    (lambda s: s.update({"1.weight.codes": s["1.weight.codes"][:, :5]}), r"1\.weight: codes.*\[20, 5\].*\[20, 24\]"),
-    (lambda s: s.update({"1.weight.scales": s["1.weight.scales"].half()}), r"1\.weight: scales.*float16.*float32"),
-    (lambda s: s.update({"1.weight": torch.zeros(20, 48)}), r"1\.weight: the checkpoint holds a dense weight"),
-    (lambda s: s.update({"1.nonsense": torch.zeros(1)}), r"Unexpected.*1\.nonsense")])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda s: s.pop("1.weight.scales"), r"Missing.*1\.weight\.scales"),
+        (lambda s: s.update({"1.weight.perm": torch.zeros(48)}), r"1\.weight\.perm"),
+        (lambda s: s.update({"1.weight.codes": s["1.weight.codes"][:, :5]}), r"1\.weight: codes.*\[20, 5\].*\[20, 24\]"),
+        (lambda s: s.update({"1.weight.scales": s["1.weight.scales"].half()}), r"1\.weight: scales.*float16.*float32"),
+        (lambda s: s.update({"1.weight": torch.zeros(20, 48)}), r"1\.weight: the checkpoint holds a dense weight"),
+        (lambda s: s.update({"1.nonsense": torch.zeros(1)}), r"Unexpected.*1\.nonsense"),
+    ],
+)
 def test_a_state_dict_that_does_not_fit_says_what_is_wrong(change, says):
     m = subbyte_model = model()
     subbyte.quantize_(m, bits=4, group_size=16)
@@ -155,19 +179,39 @@ def test_the_progress_bar_shows_when_it_takes_long_and_only_then(capsys, monkeyp
 
 def test_skip_and_overrides_choose_by_name_and_pattern():
     m = torch.nn.ModuleDict({"encoder": model(), "decoder": model()})
-    report = subbyte.quantize_(m, bits=4, group_size=16, skip=["decoder.0", "*.3"],
-                               overrides={"encoder": {"bits": 2, "activation_bits": 8}, "encoder.0": {"format": "ternary"}})
-    assert {layer.name: layer.format for layer in report} == {"encoder.0": "ternary", "encoder.1": "uint2", "decoder.1": "uint4"}
+    report = subbyte.quantize_(
+        m,
+        bits=4,
+        group_size=16,
+        skip=["decoder.0", "*.3"],
+        overrides={"encoder": {"bits": 2, "activation_bits": 8}, "encoder.0": {"format": "ternary"}},
+    )
+    assert {layer.name: layer.format for layer in report} == {
+        "encoder.0": "ternary",
+        "encoder.1": "uint2",
+        "decoder.1": "uint4",
+    }
     assert m["encoder"][1].activation_bits == 8 and m["decoder"][1].activation_bits is None
     assert type(m["decoder"][0]) is torch.nn.Embedding and report.left == {
-        "decoder.0": "skip 'decoder.0'", "encoder.3": "skip '*.3'", "decoder.3": "skip '*.3'"}
+        "decoder.0": "skip 'decoder.0'",
+        "encoder.3": "skip '*.3'",
+        "decoder.3": "skip '*.3'",
+    }
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (dict(bits=4, skip=["nowhere"]), "'nowhere' matches no layer"), (dict(bits=4, overrides={"x.*": {"bits": 2}}), "'x.\\*' matches no layer"),
-    (dict(bits=4, overrides={"1": {"bit": 2}}), "'bit' is unknown"), (dict(), "one of bits and format"), (dict(bits=4, skip="1"), "expected a list"),
-    (dict(bits=4, activation_bits=4), "activation_bits"), (dict(format="int4"), "int4"),
-    (dict(bits=4, overrides={"3": {"bits": 9}}), "1 to 8")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(bits=4, skip=["nowhere"]), "'nowhere' matches no layer"),
+        (dict(bits=4, overrides={"x.*": {"bits": 2}}), "'x.\\*' matches no layer"),
+        (dict(bits=4, overrides={"1": {"bit": 2}}), "'bit' is unknown"),
+        (dict(), "one of bits and format"),
+        (dict(bits=4, skip="1"), "expected a list"),
+        (dict(bits=4, activation_bits=4), "activation_bits"),
+        (dict(format="int4"), "int4"),
+        (dict(bits=4, overrides={"3": {"bits": 9}}), "1 to 8"),
+    ],
+)
 def test_a_wrong_argument_is_named_before_anything_changes(arguments, says):
     m = model()
     with pytest.raises(ValueError, match=says):

@@ -56,10 +56,19 @@ def test_symmetric_weights_have_neither_zeros_nor_offsets_and_the_kind_can_be_ch
     assert PackedWeight.from_float(w, bits=4, scale_dtype=torch.float16).scales.dtype == torch.float16
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (dict(), "one of bits and format"), (dict(bits=4, format="uint4"), "one of bits and format"), (dict(bits=9), "1 to 8"),
-    (dict(bits=4.0), "1 to 8"), (dict(format="uint9"), "uint9"), (dict(bits=4, group_size=0), "group_size"),
-    (dict(bits=4, sym=True, zero_kind="zeros"), "zero_kind"), (dict(bits=4, scheme="best"), "best")])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (dict(), "one of bits and format"),
+        (dict(bits=4, format="uint4"), "one of bits and format"),
+        (dict(bits=9), "1 to 8"),
+        (dict(bits=4.0), "1 to 8"),
+        (dict(format="uint9"), "uint9"),
+        (dict(bits=4, group_size=0), "group_size"),
+        (dict(bits=4, sym=True, zero_kind="zeros"), "zero_kind"),
+        (dict(bits=4, scheme="best"), "best"),
+    ],
+)
 def test_a_wrong_argument_is_a_value_error_that_names_it(arguments, says):
     with pytest.raises(ValueError, match=says):
         PackedWeight.from_float(torch.randn(4, 32), **arguments)
@@ -92,7 +101,9 @@ PRODUCTS = {
     "transposed from the left": lambda w, x: w.t() @ torch.ones(w.shape[0], 2, device=x.device),
     "einsum": lambda w, x: torch.einsum("bik,nk->bin", x, w),
     "embedding": lambda w, x: F.embedding(torch.tensor([[1, 2], [0, 1]], device=x.device), w),
-    "embedding with padding": lambda w, x: F.embedding(torch.tensor([[1, 2], [0, 1]], device=x.device), w, padding_idx=-w.shape[0] + 1),
+    "embedding with padding": lambda w, x: F.embedding(
+        torch.tensor([[1, 2], [0, 1]], device=x.device), w, padding_idx=-w.shape[0] + 1
+    ),
     "abs": lambda w, x: w.abs().sum(),
     "slice": lambda w, x: w[2:4, 3:7],
     "view": lambda w, x: w.view(-1).sum(),
@@ -124,8 +135,14 @@ def test_products_do_not_dequantize(monkeypatch):
     monkeypatch.setattr(module, "_run_dense", refuse)
     monkeypatch.setattr(PackedWeight, "dequantize", refuse)
     w, x = weight(), torch.randn(5, 37, requires_grad=True)
-    for y in (F.linear(x, w), x @ w.t(), torch.mm(x, w.t()), torch.addmm(torch.zeros(12), x, w.T), w @ x.t(),
-              F.embedding(torch.tensor([1, 2]), w)):
+    for y in (
+        F.linear(x, w),
+        x @ w.t(),
+        torch.mm(x, w.t()),
+        torch.addmm(torch.zeros(12), x, w.T),
+        w @ x.t(),
+        F.embedding(torch.tensor([1, 2]), w),
+    ):
         y.sum().backward()
     assert w.grad is not None and x.grad is not None
     with torch.inference_mode():
@@ -133,8 +150,11 @@ def test_products_do_not_dequantize(monkeypatch):
 
 
 def test_gradients_reach_x_and_bias_also_where_the_weight_is_frozen(device):
-    w, x, b = weight(device=device).requires_grad_(False), torch.randn(3, 37, device=device, requires_grad=True), torch.zeros(
-        12, device=device, requires_grad=True)
+    w, x, b = (
+        weight(device=device).requires_grad_(False),
+        torch.randn(3, 37, device=device, requires_grad=True),
+        torch.zeros(12, device=device, requires_grad=True),
+    )
     F.linear(x, w, b).sum().backward()
     torch.testing.assert_close(x.grad, w.dequantize().sum(0).expand(3, 37), atol=1e-5, rtol=1e-5)
     assert torch.equal(b.grad, torch.full((12,), 3.0, device=device)) and w.grad is None
@@ -184,9 +204,14 @@ def test_a_copy_has_the_same_parts_in_other_memory(how):
         file.seek(0)
         return torch.load(file, **options)["w"]
 
-    c = {"deepcopy": lambda: copy.deepcopy(w), "pickle": lambda: pickle.loads(pickle.dumps(w)), "clone": lambda: w.detach().clone(),
-         "torch.save": lambda: through_file(weights_only=False), "torch.save, weights_only": lambda: through_file(weights_only=True),
-         "cpu": lambda: w.detach().to("cpu", copy=True)}[how]()
+    c = {
+        "deepcopy": lambda: copy.deepcopy(w),
+        "pickle": lambda: pickle.loads(pickle.dumps(w)),
+        "clone": lambda: w.detach().clone(),
+        "torch.save": lambda: through_file(weights_only=False),
+        "torch.save, weights_only": lambda: through_file(weights_only=True),
+        "cpu": lambda: w.detach().to("cpu", copy=True),
+    }[how]()
     assert type(c) is PackedWeight and same_parts(c, w) and c.dtype == w.dtype
     assert all(p.data_ptr() != w.parts[name].data_ptr() for name, p in c.parts.items())
     if how not in ("clone", "cpu"):
@@ -222,13 +247,24 @@ def test_copying_between_equal_grids_is_exact_and_from_dense_rounds_onto_the_own
 def test_every_in_place_op_moves_the_values_as_on_a_dense_tensor_up_to_one_level(device):
     g, h = torch.randn(12, 37, device=device) * 0.1, torch.rand(12, 37, device=device) + 0.5
     updates = {
-        "add_": lambda p: p.add_(g, alpha=-0.5), "sub_": lambda p: p.sub_(g), "addcdiv_": lambda p: p.addcdiv_(g, h, value=-0.3),
-        "addcmul_": lambda p: p.addcmul_(g, h, value=0.3), "lerp_": lambda p: p.lerp_(g, 0.1), "clamp_": lambda p: p.clamp_(-0.5, 0.5),
-        "mul_ by a tensor": lambda p: p.mul_(h), "div_ by a tensor": lambda p: p.div_(h + 1), "zero_": lambda p: p.zero_(),
-        "fill_": lambda p: p.fill_(0.25), "+=": lambda p: p.__iadd__(g), "foreach add": lambda p: torch._foreach_add_([p], [g], alpha=-1),
-        "foreach addcdiv": lambda p: torch._foreach_addcdiv_([p], [g], [h], -0.3), "out=": lambda p: torch.sub(p, g, out=p),
-        "copy_": lambda p: p.copy_(g), "masked_fill_": lambda p: p.masked_fill_(h > 1, 0.1), "setitem": lambda p: p.__setitem__(
-            (slice(2, 4), 5), 0.1)}
+        "add_": lambda p: p.add_(g, alpha=-0.5),
+        "sub_": lambda p: p.sub_(g),
+        "addcdiv_": lambda p: p.addcdiv_(g, h, value=-0.3),
+        "addcmul_": lambda p: p.addcmul_(g, h, value=0.3),
+        "lerp_": lambda p: p.lerp_(g, 0.1),
+        "clamp_": lambda p: p.clamp_(-0.5, 0.5),
+        "mul_ by a tensor": lambda p: p.mul_(h),
+        "div_ by a tensor": lambda p: p.div_(h + 1),
+        "zero_": lambda p: p.zero_(),
+        "fill_": lambda p: p.fill_(0.25),
+        "+=": lambda p: p.__iadd__(g),
+        "foreach add": lambda p: torch._foreach_add_([p], [g], alpha=-1),
+        "foreach addcdiv": lambda p: torch._foreach_addcdiv_([p], [g], [h], -0.3),
+        "out=": lambda p: torch.sub(p, g, out=p),
+        "copy_": lambda p: p.copy_(g),
+        "masked_fill_": lambda p: p.masked_fill_(h > 1, 0.1),
+        "setitem": lambda p: p.__setitem__((slice(2, 4), 5), 0.1),
+    }
     for name, update in updates.items():
         w = weight(device=device, bits=6).detach()
         d = w.dequantize()
@@ -276,14 +312,16 @@ def test_small_steps_are_not_lost_but_taken_with_their_probability():
     step = float(w.scales[0, 0]) / 100  # nearest rounding would never move
     for _ in range(10):
         w.add_(torch.full_like(w, step))
-    inside = (before < 0.9)
+    inside = before < 0.9
     moved = (w.dequantize() - before)[inside].mean()
     deviation = float(w.scales[0, 0]) * (10 * 0.01 * 0.99 / int(inside.sum())) ** 0.5
     assert abs(float(moved) - 10 * step) < 6 * deviation + 1e-5
 
 
 def test_bfloat16_weights_take_steps_far_below_the_precision_of_bfloat16():
-    w = PackedWeight.from_float(torch.full((128, 128), 100.0) + torch.linspace(-1, 1, 128), bits=8, group_size=128, dtype=torch.bfloat16)
+    w = PackedWeight.from_float(
+        torch.full((128, 128), 100.0) + torch.linspace(-1, 1, 128), bits=8, group_size=128, dtype=torch.bfloat16
+    )
     before = w.dequantize(torch.float32)
     for _ in range(50):
         w.add_(torch.full((128, 128), 0.001, dtype=torch.bfloat16))
@@ -337,8 +375,12 @@ def test_values_that_are_not_finite_are_refused_and_leave_the_weight_alone():
 @pytest.mark.parametrize("trained", [False, True])
 def test_compiled_forward_and_backward_equal_eager_without_a_graph_break(dynamic, trained, device):
     torch._dynamo.reset()
-    model = torch.nn.Sequential(subbyte.nn.Embedding(20, 37, bits=8, group_size=16, scale_dtype=torch.float16), subbyte.nn.Linear(37, 12, bits=4, group_size=16),
-                                torch.nn.ReLU(), subbyte.nn.Linear(12, 5, format="ternary", group_size=8)).to(device)
+    model = torch.nn.Sequential(
+        subbyte.nn.Embedding(20, 37, bits=8, group_size=16, scale_dtype=torch.float16),
+        subbyte.nn.Linear(37, 12, bits=4, group_size=16),
+        torch.nn.ReLU(),
+        subbyte.nn.Linear(12, 5, format="ternary", group_size=8),
+    ).to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(trained or parameter.dim() == 1)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic)

@@ -26,13 +26,20 @@ class Lion(torch.optim.Optimizer):
 
 
 OPTIMIZERS = {
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-2, weight_decay=0.01), "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=3e-2, foreach=True),
-    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=3e-2, fused=True), "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=3e-2, amsgrad=True),
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.3), "SGD momentum foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-2, weight_decay=0.01),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=3e-2, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=3e-2, fused=True),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=3e-2, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.3),
+    "SGD momentum foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
     "SGD nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1), "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
-    "NAdam": lambda p: torch.optim.NAdam(p, lr=3e-2), "RAdam": lambda p: torch.optim.RAdam(p, lr=5e-2),
-    "Adamax": lambda p: torch.optim.Adamax(p, lr=3e-2), "Adafactor": lambda p: torch.optim.Adafactor(p, lr=5e-2), "Lion": lambda p: Lion(p, lr=2e-2),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=3e-2),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=5e-2),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=3e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=5e-2),
+    "Lion": lambda p: Lion(p, lr=2e-2),
 }
 
 
@@ -58,7 +65,10 @@ def test_an_optimizer_lowers_the_loss_and_keeps_dense_state(name, device):
 
 
 def test_a_step_is_the_dense_step_up_to_one_level_and_no_gradient_moves_no_code(device):
-    for make in (lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1), lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)):
+    for make in (
+        lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    ):
         w = torch.nn.Parameter(PackedWeight.from_float(torch.randn(24, 64, device=device), bits=8, group_size=32))
         d = w.detach().dequantize().requires_grad_()
         g = torch.randn(24, 64, device=device)
@@ -81,8 +91,10 @@ def test_parameter_groups_clipping_accumulation_and_a_resumed_run_work(tmp_path)
         torch.manual_seed(3)
         model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
         subbyte.quantize_(model, bits=4, group_size=16)
-        groups = [{"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
-                  {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ]
         return model, torch.optim.AdamW(groups, lr=1e-2)
 
     def train(model, optimizer, steps):
@@ -129,7 +141,9 @@ def test_fashion_mnist_is_learnt_on_packed_weights(fashion_mnist, bits, optimize
     (x, y), (test_x, test_y) = ((a.to(device), b.to(device)) for a, b in fashion_mnist)
     model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10)).to(device)
     subbyte.quantize_(model, bits=bits, group_size=64)
-    make = {"AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3), "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)}[optimizer]
+    make = {"AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3), "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)}[
+        optimizer
+    ]
     optimizer, losses = make(model.parameters()), []
     order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(0)).to(device)
     for batch in order[: 150 * 128].split(128):
