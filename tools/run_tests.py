@@ -228,6 +228,12 @@ def package(run):
 
 
 @stage
+def wheel(run):
+    """pip builds a wheel; it imports in an environment without a compiler and refuses another PyTorch."""
+    return run.pytest("tests/package/test_wheel.py")
+
+
+@stage
 def cuda(run):
     """The CUDA kernels compile; what of their tests needs no device passes."""
     nvcc = next((p for p in cuda_compilers() if os.access(p, os.X_OK)), None)
