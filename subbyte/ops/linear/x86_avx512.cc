@@ -7,14 +7,15 @@ void linear_f32_rows_avx512_prepare(const WeightSegment& w, const LinearInput& i
   prepare_rows(w, in, m_begin, m_end);
 }
 void linear_f32_rows_avx512_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin,
-                                   int64_t n_end) noexcept {
+                                     int64_t n_end) noexcept {
   kRowsRange[int(w.format)](w, in, out, n_begin, n_end);
 }
-void linear_f32_tile14x32_avx512_prepare(const WeightSegment& w, const LinearInput& in, int64_t m_begin, int64_t m_end) noexcept {
+void linear_f32_tile14x32_avx512_prepare(const WeightSegment& w, const LinearInput& in, int64_t m_begin,
+                                         int64_t m_end) noexcept {
   prepare_tiles(w, in, m_begin, m_end);
 }
-void linear_f32_tile14x32_avx512_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin,
-                                       int64_t n_end) noexcept {
+void linear_f32_tile14x32_avx512_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out,
+                                          int64_t n_begin, int64_t n_end) noexcept {
   kTilesRange[int(w.format)](w, in, out, n_begin, n_end);
 }
 

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(512) quantize_x_kernel(const __grid_constant__
       for (int64_t k = begin + lane; k < end; k += 32) group_a = fmaxf(group_a, fabsf(x_at<kType>(v.p, m, k)));
       group_a = warp_max(group_a);
     }
+    if (group_a < kLinearA8SmallestX) group_a = 0;
     const float inverse = group_a > 0 ? __fdiv_rn(127.0f, group_a) : 0.0f;
     int sum = 0;
     uint8_t* out = base + m * v.ws.row_pitch + g * v.ws.group_pitch;

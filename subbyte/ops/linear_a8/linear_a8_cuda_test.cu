@@ -51,6 +51,7 @@ void check_a8(Random& r, const testing::TestMatrix& w, int64_t m, DType dtype, A
       const bool by_row = x_scale == ActivationScale::kRow;
       float a = 0;
       for (int64_t j = by_row ? 0 : begin; j < (by_row ? k : end); ++j) a = std::fmax(a, std::fabs(x_at(j)));
+      if (a < kLinearA8SmallestX) a = 0;
       xs[size_t(g)] = a / 127.0f;
       const float inverse = a > 0 ? 127.0f / a : 0.0f;
       for (int64_t j = begin; j < end; ++j) {
@@ -145,6 +146,28 @@ TEST(LinearA8Cuda, SumsAGroupOfSeventyThousandColumnsWithoutOverflow) {
     const double want = 140000.0 * 127 * double(load_float(w.scales.data(), DType::kF32, n));
     EXPECT_NEAR(got[size_t(n)], want, 1e-5 * want);
   }
+}
+
+TEST(LinearA8Cuda, RowsOfTinyValuesCountAsZero) {  // 127 / 2^-130 would be infinite, and infinity * 0 no number
+  Random r(14);
+  testing::TestMatrix w(r, "uint4", 8, 64, 32, DType::kF32, ZeroKind::kFixed, DType::kF32, false);
+  std::vector<float> values(64, 0.0f);
+  values[5] = 0x1p-130f;
+  DeviceBuffer x(values), y(8 * 4);
+  LinearA8Params p;
+  p.x = x.data();
+  p.m = 1;
+  p.x_stride = 64;
+  p.w = w.device;
+  p.y = y.data();
+  p.y_stride = 8;
+  p.workspace_bytes = cuda::linear_a8_workspace_bytes(p);
+  DeviceBuffer workspace(p.workspace_bytes);
+  p.workspace = workspace.data();
+  testing::TestStream stream;
+  cuda::linear_a8(p, stream.stream());
+  stream.wait();
+  for (float v : y.host<float>()) EXPECT_EQ(v, 0.0f);
 }
 
 TEST(LinearA8Cuda, RefusesFloat64AndASmallWorkspace) {

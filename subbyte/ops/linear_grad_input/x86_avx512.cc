@@ -1,4 +1,5 @@
-// The float kernels of linear_grad_input for AVX-512 (F, BW, DQ, VL, VBMI); what they do and what limits them stands in x86_kernels.h.
+// The float kernels of linear_grad_input for AVX-512 (F, BW, DQ, VL, VBMI); what they do and what limits them stands in
+// x86_kernels.h.
 #include "subbyte/ops/linear_grad_input/x86_kernels.h"
 
 namespace subbyte {
