@@ -61,8 +61,15 @@ class Run:
         argv = [str(a) for a in argv]
         self.log.write(f"\n$ {' '.join(argv)}\n")
         try:
-            done = subprocess.run(argv, cwd=cwd, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=self.log,
-                                  stderr=subprocess.STDOUT, timeout=STAGE_TIMEOUT_S)
+            done = subprocess.run(
+                argv,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=subprocess.STDOUT,
+                timeout=STAGE_TIMEOUT_S,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             self.log.write(f"{error}\n")
             return 127
@@ -113,8 +120,11 @@ class Run:
     def pytest(self, *args, env=None):
         xml_path = LOGS / f"{self.name}-pytest.xml"
         argv = [PYTHON, "-m", "pytest", "-q", "-rs", "--durations=10", f"--junitxml={xml_path}", *args]
-        paths = {"PYTHONPATH": str(ROOT / "python"), "SUBBYTE_TORCH_LIB": str(TORCH_BUILD / "subbyte_torch" / "libsubbyte_torch.so"),
-                 "SUBBYTE_PROGRAM": str(ROOT / "build" / "core" / "subbyte" / "cli" / "subbyte")}
+        paths = {
+            "PYTHONPATH": str(ROOT / "python"),
+            "SUBBYTE_TORCH_LIB": str(TORCH_BUILD / "subbyte_torch" / "libsubbyte_torch.so"),
+            "SUBBYTE_PROGRAM": str(ROOT / "build" / "core" / "subbyte" / "cli" / "subbyte"),
+        }
         return self.counted(xml_path, argv, env={**paths, **(env or {})})
 
 
@@ -156,8 +166,9 @@ def core(run):
 @stage
 def isa_objects(run):
     """Kernels of one instruction set leak no code into the rest of the program."""
-    return (run.check(PYTHON, "tools/check_isa_objects.py", run.build("core", "subbyte_core"))
-            + run.check(PYTHON, "tools/check_isa_objects.py", "--self-test"))
+    return run.check(PYTHON, "tools/check_isa_objects.py", run.build("core", "subbyte_core")) + run.check(
+        PYTHON, "tools/check_isa_objects.py", "--self-test"
+    )
 
 
 @stage
@@ -195,8 +206,15 @@ def fuzz(run):
         count += run.check(target, "-runs=0", corpus)
         found = build_dir / "found" / target.name
         found.mkdir(parents=True, exist_ok=True)
-        count += run.check(target, f"-max_total_time={FUZZ_SECONDS}", "-rss_limit_mb=2048", "-timeout=10",
-                           f"-artifact_prefix={found}/", found, corpus)
+        count += run.check(
+            target,
+            f"-max_total_time={FUZZ_SECONDS}",
+            "-rss_limit_mb=2048",
+            "-timeout=10",
+            f"-artifact_prefix={found}/",
+            found,
+            corpus,
+        )
     return count
 
 
@@ -222,9 +240,12 @@ def package(run):
     """What cmake --install exports: separate projects find it, with the core alone and with LibTorch."""
     core_build = run.build("core", "subbyte_core", "subbyte")
     torch_build = build_torch(run)
-    torch_dir = Path(next(iter(sorted((Path(sys.prefix) / "lib").glob("python*/site-packages/torch"))))) / "share" / "cmake" / "Torch"
-    return (run.check("tests/package/run", core_build, "core")
-            + run.check("tests/package/run", torch_build, "torch", env={"Torch_DIR": str(torch_dir)}))
+    torch_dir = (
+        Path(next(iter(sorted((Path(sys.prefix) / "lib").glob("python*/site-packages/torch"))))) / "share" / "cmake" / "Torch"
+    )
+    return run.check("tests/package/run", core_build, "core") + run.check(
+        "tests/package/run", torch_build, "torch", env={"Torch_DIR": str(torch_dir)}
+    )
 
 
 @stage

@@ -1,7 +1,7 @@
 """The demo: SmolLM2-135M-Instruct imported exactly, re-quantized to 8, 4, 3, 2 and mixed bits, measured, and reported.
 
-    make demo                     on two cores some minutes; on a GPU where there is one
-    make demo DEMO_ARGS=--quick   one short window of text and fewer settings: does everything run?
+make demo                     on two cores some minutes; on a GPU where there is one
+make demo DEMO_ARGS=--quick   one short window of text and fewer settings: does everything run?
 """
 
 import argparse
@@ -39,7 +39,9 @@ QUESTION = "Why is the sky blue? Answer in two sentences."
 def arguments():
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one short window of text, fewer settings, short timings")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="folder for report.html, results.json, the checkpoint")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "demo_output", help="folder for report.html, results.json, the checkpoint"
+    )
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "core", help="CMake build folder with the C++ programs")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one, else cpu")
     return parser.parse_args()
@@ -48,7 +50,7 @@ def arguments():
 class Demo:
     def __init__(self, args):
         self.args, self.quick = args, args.quick
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else 160)
         self.count, self.length = (1, 128) if self.quick else (4, 512)
         device = args.device or ("cuda" if torch.cuda.is_available() and subbyte.info()["has_cuda"] else "cpu")
         self.device = torch.device(device)
@@ -60,8 +62,14 @@ class Demo:
         self.console.print(f"[dim]{time.monotonic() - self.began:5.0f} s[/]  {text}")
 
     def progress(self):
-        return Progress(TextColumn("         {task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn(),
-                        console=self.console, transient=True)
+        return Progress(
+            TextColumn("         {task.description}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
 
     def check(self, holds, text):
         self.checks.append({"holds": bool(holds), "text": text})
@@ -77,8 +85,10 @@ class Demo:
     def speeds(self, model, suffix="", matrices=None):
         window = next(iter(self.windows.values()))[0]
         with self.console.status("         timing"):
-            out = {"decode" + suffix: measure.decode_tokens_per_s(model, window, 8 if self.quick else 24),
-                   "prefill" + suffix: measure.prefill_tokens_per_s(model, window, 1 if self.quick else 2)}
+            out = {
+                "decode" + suffix: measure.decode_tokens_per_s(model, window, 8 if self.quick else 24),
+                "prefill" + suffix: measure.prefill_tokens_per_s(model, window, 1 if self.quick else 2),
+            }
             if matrices:
                 out["matrices" + suffix] = measure.matrices_tokens_per_s(matrices, 1 if self.quick else 5)
         return out
@@ -105,12 +115,33 @@ class Demo:
                 parts["other_bytes"] += parameter.nbytes
         return {**parts, "total_bytes": sum(parts.values())}
 
-    def add_row(self, key, label, model, *, dense=False, imported=False, is_mixed=False, errors=None, perplexity=None, int8=True, sample=True):
+    def add_row(
+        self,
+        key,
+        label,
+        model,
+        *,
+        dense=False,
+        imported=False,
+        is_mixed=False,
+        errors=None,
+        perplexity=None,
+        int8=True,
+        sample=True,
+    ):
         linears = models.block_linears(model)
         size = self.size(model)
         weights = sum(m.in_features * m.out_features for m in linears.values())
-        row = {"key": key, "label": label, "dense": dense, "imported": imported, "mixed": is_mixed, "errors": errors or {}, "size": size,
-               "bits_per_weight": 8 * (size["codes_bytes"] + size["affine_bytes"]) / weights}
+        row = {
+            "key": key,
+            "label": label,
+            "dense": dense,
+            "imported": imported,
+            "mixed": is_mixed,
+            "errors": errors or {},
+            "size": size,
+            "bits_per_weight": 8 * (size["codes_bytes"] + size["affine_bytes"]) / weights,
+        }
         row["perplexity"] = perplexity or self.perplexities(model, label)
         row["speed"] = self.speeds(model, matrices=self.matrices(model))
         if sample and not (self.quick and dense):
@@ -122,8 +153,10 @@ class Demo:
             row["speed"] |= self.speeds(model, "_a8", self.matrices(model))
         self.rows.append(row)
         shown = ", ".join(f"{p:.2f}" for p in row["perplexity"].values())
-        self.say(f"{label}: {row['bits_per_weight']:.2f} bits per weight, {size['total_bytes'] / 1e6:.0f} MB, perplexity {shown}, "
-                 f"{row['speed']['decode']:.1f} tokens/s")
+        self.say(
+            f"{label}: {row['bits_per_weight']:.2f} bits per weight, {size['total_bytes'] / 1e6:.0f} MB, perplexity {shown}, "
+            f"{row['speed']['decode']:.1f} tokens/s"
+        )
         return row
 
     # ---- the steps
@@ -135,10 +168,14 @@ class Demo:
         with self.console.status("         loading SmolLM2-135M-Instruct"):
             model, self.tokenizer = models.load_dense()
             model = model.to(self.device)
-            self.windows = {name: passages.windows(self.tokenizer, text, self.count, self.length)
-                            for name, text in passages.evaluation_texts().items()}
-        self.say(f"SmolLM2-135M-Instruct: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M weights; "
-                 f"{self.count} windows of {self.length} tokens of {' and '.join(self.windows)}")
+            self.windows = {
+                name: passages.windows(self.tokenizer, text, self.count, self.length)
+                for name, text in passages.evaluation_texts().items()
+            }
+        self.say(
+            f"SmolLM2-135M-Instruct: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M weights; "
+            f"{self.count} windows of {self.length} tokens of {' and '.join(self.windows)}"
+        )
         self.import_exactly(model)
         twin = self.make_twin(model)
         del model
@@ -167,31 +204,49 @@ class Demo:
                 if isinstance(weight, subbyte.PackedWeight):
                     theirs = gguf.dequantize(reader[name].data, reader[name].tensor_type)
                     compared += 1
-                    equal += numpy.array_equal(weight.dequantize(torch.float32).numpy().view(numpy.uint32), theirs.view(numpy.uint32))
-        self.check(compared == equal > 0, f"{equal} of {compared} packed tensors of the GGUF file dequantize bit for bit to what the gguf "
-                                          "package reads")
+                    equal += numpy.array_equal(
+                        weight.dequantize(torch.float32).numpy().view(numpy.uint32), theirs.view(numpy.uint32)
+                    )
+        self.check(
+            compared == equal > 0,
+            f"{equal} of {compared} packed tensors of the GGUF file dequantize bit for bit to what the gguf package reads",
+        )
         dense_linears, same = models.block_linears(model), 0
         for name, module in models.block_linears(packed).items():
             same += torch.equal(module.weight.dequantize(torch.float32), dense_linears[name].weight)
         same += torch.equal(packed.lm_head.weight.dequantize(torch.float32), model.lm_head.weight)
-        self.check(same == len(dense_linears) + 1,
-                   f"{same} of {len(dense_linears) + 1} matrices of the packed model hold exactly the float32 weights of transformers' own "
-                   "dequantized model")
+        self.check(
+            same == len(dense_linears) + 1,
+            f"{same} of {len(dense_linears) + 1} matrices of the packed model hold exactly the float32 weights of transformers'"
+            " own dequantized model",
+        )
         window = next(iter(self.windows.values()))[0]
         ours, theirs = measure.logits_of(packed, window), measure.logits_of(model, window)
         difference = (ours - theirs).abs().max().item()
-        self.check(difference < 2e-4 * theirs.abs().max().item(),
-                   f"its logits differ from that model's by at most {difference:.1e}, where logits reach {theirs.abs().max():.0f}: float32 rounding")
+        self.check(
+            difference < 2e-4 * theirs.abs().max().item(),
+            f"its logits differ from that model's by at most {difference:.1e}, where logits reach {theirs.abs().max():.0f}:"
+            " float32 rounding",
+        )
         original = self.perplexities(model, "original")
         row = self.add_row("imported", "imported Q4_1", packed, imported=True, errors=dict.fromkeys(dense_linears, 0.0))
         digits = {name: (f"{original[name]:.4g}", f"{row['perplexity'][name]:.4g}") for name in original}
-        self.check(all(a == b for a, b in digits.values()), "perplexity of the packed and of the original model: "
-                   + "; ".join(f"{name} {b} and {a}" for name, (a, b) in digits.items()))
+        self.check(
+            all(a == b for a, b in digits.values()),
+            "perplexity of the packed and of the original model: "
+            + "; ".join(f"{name} {b} and {a}" for name, (a, b) in digits.items()),
+        )
         four = copy.deepcopy(model)
         self.quantize(four, bits=4, group_size=32, scale_dtype=torch.float16)
-        same = sum(torch.equal(m.weight.dequantize(torch.float32), dense_linears[n].weight) for n, m in models.block_linears(four).items())
-        self.check(same == len(dense_linears), f"quantizing the original again to 4 bits in groups of 32 gives {same} of {len(dense_linears)} "
-                                               "matrices back exactly: they lie on Q4_1 grids, so this is no measure of quality")
+        same = sum(
+            torch.equal(m.weight.dequantize(torch.float32), dense_linears[n].weight)
+            for n, m in models.block_linears(four).items()
+        )
+        self.check(
+            same == len(dense_linears),
+            f"quantizing the original again to 4 bits in groups of 32 gives {same} of {len(dense_linears)} "
+            "matrices back exactly: they lie on Q4_1 grids, so this is no measure of quality",
+        )
         self.original = original
 
     def make_twin(self, model):
@@ -200,8 +255,11 @@ class Demo:
             window = next(iter(self.windows.values()))[0]
             ours, theirs = measure.logits_of(twin, window), measure.logits_of(model, window)
         self.twin = {"max_difference": (ours - theirs).abs().max().item(), "largest_logit": theirs.abs().max().item()}
-        self.check(self.twin["max_difference"] < 2e-4 * self.twin["largest_logit"],
-                   f"the twin with shuffled channels is the same function: its logits differ by at most {self.twin['max_difference']:.1e}")
+        self.check(
+            self.twin["max_difference"] < 2e-4 * self.twin["largest_logit"],
+            "the twin with shuffled channels is the same function: its logits differ by at most"
+            f" {self.twin['max_difference']:.1e}",
+        )
         return twin
 
     def baselines(self, twin):
@@ -218,9 +276,13 @@ class Demo:
 
     def quantized(self, twin):
         common = {"scale_dtype": torch.float16}
-        settings = [("8g64", "8 bits, g64", {"bits": 8, "group_size": 64}), ("4g32", "4 bits, g32", {"bits": 4, "group_size": 32}),
-                    ("4g64", "4 bits, g64", {"bits": 4, "group_size": 64}), ("3g64", "3 bits, g64", {"bits": 3, "group_size": 64}),
-                    ("2g64", "2 bits, g64", {"bits": 2, "group_size": 64})]
+        settings = [
+            ("8g64", "8 bits, g64", {"bits": 8, "group_size": 64}),
+            ("4g32", "4 bits, g32", {"bits": 4, "group_size": 32}),
+            ("4g64", "4 bits, g64", {"bits": 4, "group_size": 64}),
+            ("3g64", "3 bits, g64", {"bits": 3, "group_size": 64}),
+            ("2g64", "2 bits, g64", {"bits": 2, "group_size": 64}),
+        ]
         if self.quick:
             settings = [s for s in settings if s[0] in ("8g64", "4g64", "2g64")]
         for key, label, packing in settings:
@@ -231,8 +293,10 @@ class Demo:
 
     def mixed_settings(self, twin, common):
         linears = models.block_linears(twin)
-        texts = [passages.windows(self.tokenizer, text, 1 if self.quick else 4, 64 if self.quick else 128)
-                 for text in passages.calibration_text()]
+        texts = [
+            passages.windows(self.tokenizer, text, 1 if self.quick else 4, 64 if self.quick else 128)
+            for text in passages.calibration_text()
+        ]
         windows = torch.cat(texts)
         with self.progress() as progress:
             task = progress.add_task("mixed width: sensitivity", total=len(windows) + len(linears))
@@ -249,8 +313,9 @@ class Demo:
         model, errors = copy.deepcopy(twin), {}
         for name, module in models.block_linears(twin).items():
             perm = energy[name].argsort(descending=True).to(torch.int32)
-            weight = subbyte.PackedWeight.from_float(module.weight, format=mixed.row_layout(module.in_features, 64), group_size=64,
-                                                     perm=perm, **common)
+            weight = subbyte.PackedWeight.from_float(
+                module.weight, format=mixed.row_layout(module.in_features, 64), group_size=64, perm=perm, **common
+            )
             errors[name] = measure.relative_error(weight.dequantize(torch.float32), module.weight)
             models.set_module(model, name, subbyte.nn.Linear.from_packed(weight, module.bias))
         self.quantize(model, bits=8)  # what is left: embedding and head
@@ -274,81 +339,158 @@ class Demo:
         smaller = dense["size"]["total_bytes"] / four["size"]["total_bytes"]
         matrix_ratio = max(four["speed"]["matrices"], four["speed"]["matrices_a8"]) / dense["speed"]["matrices"]
         texts = {
-            "quality": f"Perplexity grows by the factors {self.ratios(eight)} ({' and '.join(self.windows)}) at 8 bits, {self.ratios(four)} at 4 bits in "
-                       f"groups of 64, and {self.ratios(two)} at 2 bits. All uniform settings round to the nearest level and see no data. A factor "
-                       "of 10 or more means that the model no longer works: 2 and 3 bits need training or a calibrated method, and this page "
-                       "shows what happens without. Hollow marks: x quantized to 8 bits as well (linear_a8).",
-            "mixed": f"Mixed by matrix: each of the {len(by_matrix['errors'])} matrices gets 2, 3, 4, 5, 6 or 8 bits so that the predicted rise of the loss is "
-                     f"smallest at a mean of 4 bits. The prediction uses squared gradients over {self.mixed['calibration_tokens']} tokens of other texts (Genesis, fortunes "
-                     f"`people`). At {by_matrix['bits_per_weight']:.2f} bits per weight the factors are {self.ratios(by_matrix)}, against {self.ratios(four)} for 4 bits everywhere "
-                     f"at {four['bits_per_weight']:.2f}. How many matrices of each kind got which width:",
-            "error": "The line is the mean over the 7 matrices of a block, the band goes from the smallest to the largest. One bit less about doubles the error. "
-                     "Error of the weights alone does not rank settings: which weights carry it decides, see the mixed settings.",
-            "size": f"The embedding, tied to the head, holds a fifth of the weights and keeps 8 bits in every packed setting. At 4 bits in groups of 64 the model "
-                    f"takes {four['size']['total_bytes'] / 1e6:.0f} MB instead of {dense['size']['total_bytes'] / 1e6:.0f} MB, {smaller:.1f} times less.",
-            "speed": f"Decoding one token reads every weight once, so packed weights should be fast: the matrices alone run {matrix_ratio:.1f} times as fast at 4 bits as "
-                     "dense float32 ones. End to end a large part of each token is transformers' Python code and attention, which packing does "
-                     "not touch. Timings are the best of a few runs on a machine that may have been doing other things.",
+            "quality": (
+                f"Perplexity grows by the factors {self.ratios(eight)} ({' and '.join(self.windows)}) at 8 bits,"
+                f" {self.ratios(four)} at 4 bits in groups of 64, and {self.ratios(two)} at 2 bits. All uniform settings round"
+                " to the nearest level and see no data. A factor of 10 or more means that the model no longer works: 2 and 3"
+                " bits need training or a calibrated method, and this page shows what happens without. Hollow marks: x"
+                " quantized to 8 bits as well (linear_a8)."
+            ),
+            "mixed": (
+                f"Mixed by matrix: each of the {len(by_matrix['errors'])} matrices gets 2, 3, 4, 5, 6 or 8 bits so that the"
+                " predicted rise of the loss is smallest at a mean of 4 bits. The prediction uses squared gradients over"
+                f" {self.mixed['calibration_tokens']} tokens of other texts (Genesis, fortunes `people`). At"
+                f" {by_matrix['bits_per_weight']:.2f} bits per weight the factors are {self.ratios(by_matrix)}, against"
+                f" {self.ratios(four)} for 4 bits everywhere at {four['bits_per_weight']:.2f}. How many matrices of each kind"
+                " got which width:"
+            ),
+            "error": (
+                "The line is the mean over the 7 matrices of a block, the band goes from the smallest to the largest. One bit"
+                " less about doubles the error. Error of the weights alone does not rank settings: which weights carry it"
+                " decides, see the mixed settings."
+            ),
+            "size": (
+                "The embedding, tied to the head, holds a fifth of the weights and keeps 8 bits in every packed setting. At 4"
+                f" bits in groups of 64 the model takes {four['size']['total_bytes'] / 1e6:.0f} MB instead of"
+                f" {dense['size']['total_bytes'] / 1e6:.0f} MB, {smaller:.1f} times less."
+            ),
+            "speed": (
+                "Decoding one token reads every weight once, so packed weights should be fast: the matrices alone run"
+                f" {matrix_ratio:.1f} times as fast at 4 bits as dense float32 ones. End to end a large part of each token is"
+                " transformers' Python code and attention, which packing does not touch. Timings are the best of a few runs on"
+                " a machine that may have been doing other things."
+            ),
         }
         if "mixed_rows" in [r["key"] for r in self.rows]:
             rows = self.by_key("mixed_rows")
-            texts["mixed"] = (f"8 + 4 bits in a row: the input channels with the most energy over the same text are stored first, in 8 bits, the others in 4. "
-                              f"At {rows['bits_per_weight']:.2f} bits per weight the factors are {self.ratios(rows)}. " + texts["mixed"])
+            texts["mixed"] = (
+                "8 + 4 bits in a row: the input channels with the most energy over the same text are stored first, in 8 bits,"
+                f" the others in 4. At {rows['bits_per_weight']:.2f} bits per weight the factors are {self.ratios(rows)}. "
+                + texts["mixed"]
+            )
         tiles = [
             {"value": f"{smaller:.1f} × smaller", "text": "in memory at 4 bits, groups of 64, than float32"},
-            {"value": f"× {self.ratios(eight).replace(' and ', ' / ')}", "text": f"perplexity at 8 bits ({' / '.join(self.windows)})"},
-            {"value": f"× {self.ratios(by_matrix).replace(' and ', ' / ')}", "text": f"perplexity with mixed widths at {by_matrix['bits_per_weight']:.1f} bits per weight"},
-            {"value": f"{max(fastest['speed']['decode'], fastest['speed']['decode_a8']):.0f} tokens/s",
-             "text": f"decoding, {fastest['label']}; dense float32 {dense['speed']['decode']:.0f}"},
+            {
+                "value": f"× {self.ratios(eight).replace(' and ', ' / ')}",
+                "text": f"perplexity at 8 bits ({' / '.join(self.windows)})",
+            },
+            {
+                "value": f"× {self.ratios(by_matrix).replace(' and ', ' / ')}",
+                "text": f"perplexity with mixed widths at {by_matrix['bits_per_weight']:.1f} bits per weight",
+            },
+            {
+                "value": f"{max(fastest['speed']['decode'], fastest['speed']['decode_a8']):.0f} tokens/s",
+                "text": f"decoding, {fastest['label']}; dense float32 {dense['speed']['decode']:.0f}",
+            },
         ]
         return {
             "model": {"name": "SmolLM2-135M-Instruct", "file": models.FILE, "matrices": len(by_matrix["errors"])},
             "passages": {name: {"windows": len(w), "length": w.shape[1]} for name, w in self.windows.items()},
-            "question": QUESTION, "checks": self.checks, "original_perplexity": self.original, "twin": self.twin, "mixed": self.mixed,
-            "rows": self.rows, "tiles": tiles, "texts": texts, "environment": environment(self.device),
+            "question": QUESTION,
+            "checks": self.checks,
+            "original_perplexity": self.original,
+            "twin": self.twin,
+            "mixed": self.mixed,
+            "rows": self.rows,
+            "tiles": tiles,
+            "texts": texts,
+            "environment": environment(self.device),
         }
 
     def cpp_example(self, twin):
         """Writes a 4-bit checkpoint of the twin and runs the C++ example on it."""
         checkpoint = self.args.output / "smollm2-4bit.safetensors"
         self.args.output.mkdir(parents=True, exist_ok=True)
-        with self.console.status("         writing a checkpoint, running the C++ example"), tempfile.TemporaryDirectory() as folder:
+        with (
+            self.console.status("         writing a checkpoint, running the C++ example"),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             source = Path(folder) / "model.safetensors"
             save_file({n: p.detach().cpu().contiguous() for n, p in twin.named_parameters()}, source, metadata={"format": "pt"})
             program = self.args.build / "subbyte" / "cli" / "subbyte"
             command([program, "quantize", source, checkpoint, "--bits", "4", "--group-size", "64"])
             output = command([self.args.build / "examples" / "run_checkpoint", checkpoint])
         self.say(f"C++ example ran on {checkpoint.name}")
-        return {"output": output.strip(), "text": f"`subbyte quantize` (C++, no torch) wrote {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.0f} MB; "
-                                                  "examples/run_checkpoint.cc loaded it and ran its packed layers:"}
+        return {
+            "output": output.strip(),
+            "text": (
+                f"`subbyte quantize` (C++, no torch) wrote {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.0f} MB; "
+                "examples/run_checkpoint.cc loaded it and ran its packed layers:"
+            ),
+        }
 
     def markdown(self, results):
         """The table as it stands in the README."""
         environment = results["environment"]
-        lines = [f"SmolLM2-135M-Instruct, {environment['processor']}, {environment['date']}, PyTorch {environment['PyTorch']} (`make demo`):", "",
-                 "| setting | bits/weight | model MB | " + " | ".join(f"perplexity {p}" for p in self.windows) + " | with int8 x | decode tokens/s | int8 x | "
-                 "prompt tokens/s | int8 x |", "|---|" + "---:|" * (7 + len(self.windows))]
+        lines = [
+            (
+                f"SmolLM2-135M-Instruct, {environment['processor']}, {environment['date']}, PyTorch {environment['PyTorch']}"
+                " (`make demo`):"
+            ),
+            "",
+            "| setting | bits/weight | model MB | "
+            + " | ".join(f"perplexity {p}" for p in self.windows)
+            + " | with int8 x | decode tokens/s | int8 x | prompt tokens/s | int8 x |",
+            "|---|" + "---:|" * (7 + len(self.windows)),
+        ]
         for row in self.rows:
             a8, speed = row.get("perplexity_a8"), row["speed"]
-            cells = [row["label"], f"{row['bits_per_weight']:.2f}", f"{row['size']['total_bytes'] / 1e6:.0f}", *[f"{v:.2f}" for v in row["perplexity"].values()],
-                     " / ".join(f"{v:.2f}" for v in a8.values()) if a8 else "", f"{speed['decode']:.1f}", f"{speed['decode_a8']:.1f}" if a8 else "",
-                     f"{speed['prefill']:.0f}", f"{speed['prefill_a8']:.0f}" if a8 else ""]
+            cells = [
+                row["label"],
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['size']['total_bytes'] / 1e6:.0f}",
+                *[f"{v:.2f}" for v in row["perplexity"].values()],
+                " / ".join(f"{v:.2f}" for v in a8.values()) if a8 else "",
+                f"{speed['decode']:.1f}",
+                f"{speed['decode_a8']:.1f}" if a8 else "",
+                f"{speed['prefill']:.0f}",
+                f"{speed['prefill_a8']:.0f}" if a8 else "",
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines) + "\n"
 
     def print_table(self):
-        table = Table(box=box.SIMPLE_HEAD, title="SmolLM2-135M-Instruct; quality rows on the shuffled twin", title_justify="left")
-        columns = ["setting", "bits/w", "MB", *[f"ppl {p}" for p in self.windows], "int8 x", "decode t/s", "int8 x", "prompt t/s", "int8 x"]
+        table = Table(
+            box=box.SIMPLE_HEAD, title="SmolLM2-135M-Instruct; quality rows on the shuffled twin", title_justify="left"
+        )
+        columns = [
+            "setting",
+            "bits/w",
+            "MB",
+            *[f"ppl {p}" for p in self.windows],
+            "int8 x",
+            "decode t/s",
+            "int8 x",
+            "prompt t/s",
+            "int8 x",
+        ]
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", no_wrap=i == 0)
         for row in self.rows:
             a8 = row.get("perplexity_a8")
             speed = row["speed"]
-            table.add_row(row["label"], f"{row['bits_per_weight']:.2f}", f"{row['size']['total_bytes'] / 1e6:.0f}",
-                          *[f"{v:.2f}" for v in row["perplexity"].values()], " ".join(f"{v:.2f}" for v in a8.values()) if a8 else "",
-                          f"{speed['decode']:.1f}", f"{speed['decode_a8']:.1f}" if a8 else "", f"{speed['prefill']:.0f}",
-                          f"{speed['prefill_a8']:.0f}" if a8 else "")
-        self.console.print(table)
+            table.add_row(
+                row["label"],
+                f"{row['bits_per_weight']:.2f}",
+                f"{row['size']['total_bytes'] / 1e6:.0f}",
+                *[f"{v:.2f}" for v in row["perplexity"].values()],
+                " ".join(f"{v:.2f}" for v in a8.values()) if a8 else "",
+                f"{speed['decode']:.1f}",
+                f"{speed['decode_a8']:.1f}" if a8 else "",
+                f"{speed['prefill']:.0f}",
+                f"{speed['prefill_a8']:.0f}" if a8 else "",
+            )
+        Console(width=max(self.console.width, 132)).print(table)
 
 
 def command(argv):
@@ -374,12 +516,18 @@ def environment(device):
     if device.type == "cuda":
         out["processor"] = f"{torch.cuda.get_device_name(device)} ({out['processor']})"
     if not computes_in_bfloat16(device):
-        out["bfloat16 baseline"] = "left out: the processor has no bfloat16 instructions, PyTorch emulates them more slowly than float32"
+        out["bfloat16 baseline"] = (
+            "left out: the processor has no bfloat16 instructions, PyTorch emulates them more slowly than float32"
+        )
     return out | {
         "date": datetime.date.today().isoformat(),
-        "instruction sets": f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}; subbyte the best it has kernels for"
-                            + (f", forced to {forced}" if (forced := os.environ.get("SUBBYTE_FORCE_ISA")) else ""),
-        "subbyte": f"{info['version']}, built with PyTorch {info['built_with']}", "PyTorch": torch.__version__, "transformers": transformers.__version__,
+        "instruction sets": (
+            f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}; subbyte the best it has kernels for"
+            + (f", forced to {forced}" if (forced := os.environ.get("SUBBYTE_FORCE_ISA")) else "")
+        ),
+        "subbyte": f"{info['version']}, built with PyTorch {info['built_with']}",
+        "PyTorch": torch.__version__,
+        "transformers": transformers.__version__,
         "Python": platform.python_version(),
     }
 

@@ -70,8 +70,10 @@ def decode_tokens_per_s(model, window, tokens=24):
 @torch.inference_mode()
 def matrices_tokens_per_s(modules, repeats=5):
     """One row of x through each matrix once, nothing else: the bound that the matrices alone put on decoding."""
-    inputs = [torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(i)).to(m.weight.device, m.weight.dtype)
-              for i, m in enumerate(modules)]
+    inputs = [
+        torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(i)).to(m.weight.device, m.weight.dtype)
+        for i, m in enumerate(modules)
+    ]
 
     def run():
         for module, x in zip(modules, inputs):
@@ -82,10 +84,11 @@ def matrices_tokens_per_s(modules, repeats=5):
 
 @torch.inference_mode()
 def generate(model, tokenizer, question, tokens):
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt",
-                                        return_dict=True).to(device_of(model))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(device_of(model))
     out = model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def relative_error(weight, original):

@@ -37,8 +37,11 @@ def load_dense():
 
 def block_linears(model):
     """Name -> module of the matrices inside the blocks: 7 a block. The embedding and the head, one tied matrix, are not among them."""
-    return {name: module for name, module in model.named_modules()
-            if name.startswith("model.layers.") and isinstance(module, (nn.Linear, subbyte.nn.Linear))}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("model.layers.") and isinstance(module, (nn.Linear, subbyte.nn.Linear))
+    }
 
 
 def set_module(model, name, module):

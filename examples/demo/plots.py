@@ -14,10 +14,27 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b82d6", "#e07b22", "#2f9e6b", "#d149
 PASSAGE_COLOURS = (BLUE, ORANGE)
 
 _STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.8, "axes.grid": True, "axes.axisbelow": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.8,
-    "font.size": 10.5, "axes.labelsize": 10.5, "legend.frameon": False, "legend.fontsize": 10, "svg.fonttype": "path",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.8,
+    "font.size": 10.5,
+    "axes.labelsize": 10.5,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "svg.fonttype": "path",
     "svg.hashsalt": "subbyte",
 }
 
@@ -27,13 +44,17 @@ def _svg(figure, title):
     figure.savefig(text, format="svg", bbox_inches="tight", pad_inches=0.04)
     plt.close(figure)
     svg = text.getvalue()
-    svg = svg[svg.index("<svg"):].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     prefix = re.sub(r"\W+", "", title)  # ids are global to the page that holds several plots
     svg = re.sub(r'id="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", svg)
-    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"',
-                  lambda m: f'<svg role="img" aria-label="{title}" ' + "".join(g for g in m.groups() if g), svg, count=1)
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ([^>]*?)height="[^"]*" ([^>]*?)width="[^"]*"',
+        lambda m: f'<svg role="img" aria-label="{title}" ' + "".join(g for g in m.groups() if g),
+        svg,
+        count=1,
+    )
 
 
 def _plain_ticks(axis, values):
@@ -52,17 +73,34 @@ def perplexity_plot(reference, rows, passages):
         for passage, colour in zip(passages, PASSAGE_COLOURS):
             for field, filled in (("perplexity", True), ("perplexity_a8", False)):
                 points = [(r["bits_per_weight"], r[field][passage] / reference[passage], r) for r in rows if r.get(field)]
-                if not points: continue
+                if not points:
+                    continue
                 uniform, mixed = (sorted(p[:2] for p in points if p[2]["mixed"] == kind) for kind in (False, True))
                 top = max([top] + [p[1] for p in points])
                 face = colour if filled else "none"
                 for axes in (whole, near):
-                    axes.plot(*zip(*uniform), color=colour, lw=1.6 if filled else 1, ls="-" if filled else ":", marker="o", ms=6,
-                              markerfacecolor=face, markeredgecolor=colour, zorder=3,
-                              label=f"{passage}, x in {'float' if filled else 'int8'}")
+                    axes.plot(
+                        *zip(*uniform),
+                        color=colour,
+                        lw=1.6 if filled else 1,
+                        ls="-" if filled else ":",
+                        marker="o",
+                        ms=6,
+                        markerfacecolor=face,
+                        markeredgecolor=colour,
+                        zorder=3,
+                        label=f"{passage}, x in {'float' if filled else 'int8'}",
+                    )
                     if mixed:
-                        axes.plot(*zip(*mixed), ls="none", marker="*", ms=14 if filled else 12, markerfacecolor=face,
-                                  markeredgecolor=colour, zorder=4)
+                        axes.plot(
+                            *zip(*mixed),
+                            ls="none",
+                            marker="*",
+                            ms=14 if filled else 12,
+                            markerfacecolor=face,
+                            markeredgecolor=colour,
+                            zorder=4,
+                        )
         whole.plot([], [], ls="none", marker="*", ms=12, color=GREY, label="mixed width")
         for axes in (whole, near):
             axes.axhline(1, color=INK, lw=1)
@@ -106,8 +144,16 @@ def error_plot(rows):
         for y, label, colour in sorted(ends):
             place = max(y, previous * 1.27)
             previous = place
-            axes.annotate(label, (x[-1], place), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=10,
-                          annotation_clip=False)
+            axes.annotate(
+                label,
+                (x[-1], place),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                fontsize=10,
+                annotation_clip=False,
+            )
         return _svg(figure, "Error of the weights by block")
 
 
@@ -116,8 +162,12 @@ def size_plot(rows):
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(9.0, 0.36 * len(rows) + 0.9))
         labels = [r["label"] for r in rows]
-        parts = (("codes_bytes", "codes", BLUE), ("affine_bytes", "scales, offsets", ORANGE), ("embedding_bytes", "embedding and head", GREEN),
-                 ("other_bytes", "norms", GREY))
+        parts = (
+            ("codes_bytes", "codes", BLUE),
+            ("affine_bytes", "scales, offsets", ORANGE),
+            ("embedding_bytes", "embedding and head", GREEN),
+            ("other_bytes", "norms", GREY),
+        )
         left = [0.0] * len(rows)
         for field, name, colour in parts:
             width = [r["size"][field] / 1e6 for r in rows]
@@ -136,7 +186,11 @@ def size_plot(rows):
 def speed_plot(rows):
     """Tokens a second: three panels, one bar a setting and kind of x."""
     with plt.rc_context(_STYLE):
-        fields = (("decode", "decoding, whole model"), ("matrices", "decoding, matrices alone"), ("prefill", "prompt of one window"))
+        fields = (
+            ("decode", "decoding, whole model"),
+            ("matrices", "decoding, matrices alone"),
+            ("prefill", "prompt of one window"),
+        )
         figure, panels = plt.subplots(1, 3, figsize=(9.6, 0.44 * len(rows) + 1.2), sharey=True)
         for axes, (field, title) in zip(panels, fields):
             longest = 0.0
@@ -146,7 +200,9 @@ def speed_plot(rows):
                 for j, (value, colour) in enumerate(bars):
                     y = i + (j - (len(bars) - 1) / 2) * 0.38
                     axes.barh(y, value, height=0.36, color=colour)
-                    axes.annotate(f"{value:.0f}", (value, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5)
+                    axes.annotate(
+                        f"{value:.0f}", (value, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5
+                    )
                     longest = max(longest, value)
             axes.set_xlim(0, longest * 1.2)
             axes.set_title(title, fontsize=10.5)
@@ -155,7 +211,12 @@ def speed_plot(rows):
         panels[0].set_yticks(range(len(rows)), [r["label"] for r in rows])
         panels[0].invert_yaxis()
         handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (GREY, BLUE, ORANGE)]
-        figure.legend(handles, ["PyTorch, dense", "subbyte, x as it is", "subbyte, x in int8"], loc="upper center", ncols=3,
-                      bbox_to_anchor=(0.5, 1.06))
+        figure.legend(
+            handles,
+            ["PyTorch, dense", "subbyte, x as it is", "subbyte, x in int8"],
+            loc="upper center",
+            ncols=3,
+            bbox_to_anchor=(0.5, 1.06),
+        )
         figure.tight_layout()
         return _svg(figure, "Speed")

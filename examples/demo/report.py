@@ -53,21 +53,29 @@ def _number(value, digits=2):
 
 def _table(results):
     passages = list(results["passages"])
-    head = ('<tr><th rowspan="2">setting</th><th rowspan="2">bits per<br>weight</th><th rowspan="2">model<br>MB</th>'
-            '<th rowspan="2">error of<br>weights</th>'
-            + "".join(f'<th class="group" colspan="2">perplexity<br>{html.escape(p)}</th>' for p in passages)
-            + '<th class="group" colspan="2">decoding<br>tokens/s</th><th class="group" colspan="2">prompt<br>tokens/s</th></tr><tr>'
-            + "<th>float x</th><th>int8 x</th>" * (len(passages) + 2) + "</tr>")
+    head = (
+        '<tr><th rowspan="2">setting</th><th rowspan="2">bits per<br>weight</th><th rowspan="2">model<br>MB</th>'
+        '<th rowspan="2">error of<br>weights</th>'
+        + "".join(f'<th class="group" colspan="2">perplexity<br>{html.escape(p)}</th>' for p in passages)
+        + '<th class="group" colspan="2">decoding<br>tokens/s</th><th class="group"'
+        ' colspan="2">prompt<br>tokens/s</th></tr><tr>' + "<th>float x</th><th>int8 x</th>" * (len(passages) + 2) + "</tr>"
+    )
     body = []
     for row in results["rows"]:
         errors = list(row["errors"].values())
-        cells = [html.escape(row["label"]), _number(row["bits_per_weight"]), _number(row["size"]["total_bytes"] / 1e6, 1),
-                 "exact" if errors and max(errors) == 0 else f"{100 * sum(errors) / len(errors):.2f} %" if errors else "&ndash;"]
+        cells = [
+            html.escape(row["label"]),
+            _number(row["bits_per_weight"]),
+            _number(row["size"]["total_bytes"] / 1e6, 1),
+            "exact" if errors and max(errors) == 0 else f"{100 * sum(errors) / len(errors):.2f} %" if errors else "&ndash;",
+        ]
         for passage in passages:
             cells += [_number((row.get(field) or {}).get(passage)) for field in ("perplexity", "perplexity_a8")]
         for field in ("decode", "prefill"):
-            cells += [_number(row["speed"].get(field), 1 if field == "decode" else 0),
-                      _number(row["speed"].get(field + "_a8"), 1 if field == "decode" else 0)]
+            cells += [
+                _number(row["speed"].get(field), 1 if field == "decode" else 0),
+                _number(row["speed"].get(field + "_a8"), 1 if field == "decode" else 0),
+            ]
         kind = "base" if row["dense"] else "mixed" if row["mixed"] else ""
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
@@ -79,14 +87,23 @@ def _checks(results):
 
 
 def _tiles(results):
-    tiles = "".join(f"<div class='tile'><b>{html.escape(t['value'])}</b><span>{html.escape(t['text'])}</span></div>" for t in results["tiles"])
+    tiles = "".join(
+        f"<div class='tile'><b>{html.escape(t['value'])}</b><span>{html.escape(t['text'])}</span></div>"
+        for t in results["tiles"]
+    )
     return f'<div class="tiles">{tiles}</div>'
 
 
 def _widths(results):
     mixed = results["mixed"]
-    rows = "".join("<tr><td>" + html.escape(kind) + "</td>" + "".join(f"<td>{counts.get(str(b)) or '&middot;'}</td>" for b in mixed["widths"])
-                   + "</tr>" for kind, counts in mixed["histogram"].items())
+    rows = "".join(
+        "<tr><td>"
+        + html.escape(kind)
+        + "</td>"
+        + "".join(f"<td>{counts.get(str(b)) or '&middot;'}</td>" for b in mixed["widths"])
+        + "</tr>"
+        for kind, counts in mixed["histogram"].items()
+    )
     head = "<tr><th>matrix</th>" + "".join(f"<th>{b} bits</th>" for b in mixed["widths"]) + "</tr>"
     return f'<div class="scroll"><table style="max-width:34rem"><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
@@ -98,7 +115,9 @@ def write(results, path):
     reference = dense[0]["perplexity"]
     first = next(iter(results["passages"].values()))
     samples = "".join(f"<dt>{html.escape(r['label'])}</dt><dd>{html.escape(r['sample'])}</dd>" for r in rows if r.get("sample"))
-    environment = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in results["environment"].items())
+    environment = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in results["environment"].items()
+    )
     example = results["example"]
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

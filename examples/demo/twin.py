@@ -40,7 +40,9 @@ def _shuffle_layer(layer, config, residual, generator):
     kv_order = torch.randperm(kv_heads, generator=generator)
     # Query head j of the twin is query head q_order[j] of the model; its group moves with its key/value head.
     q_order = torch.cat([kv * group + torch.randperm(group, generator=generator) for kv in kv_order])
-    value_order = torch.stack([torch.randperm(head_dim, generator=generator) for _ in range(kv_heads)])  # by the model's kv head
+    value_order = torch.stack(
+        [torch.randperm(head_dim, generator=generator) for _ in range(kv_heads)]
+    )  # by the model's kv head
     mlp = torch.randperm(config.intermediate_size, generator=generator)
 
     channel = torch.arange(head_dim)

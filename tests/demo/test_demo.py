@@ -20,8 +20,16 @@ from examples.demo.twin import shuffled_twin  # noqa: E402
 
 def small_llama(tied):
     torch.manual_seed(3)
-    config = transformers.LlamaConfig(hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
-                                      num_hidden_layers=2, vocab_size=50, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=2,
+        vocab_size=50,
+        tie_word_embeddings=tied,
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     for parameter in model.parameters():  # norms of ones would hide a norm that was not permuted
         torch.nn.init.normal_(parameter, std=0.2)
@@ -50,7 +58,10 @@ def test_a_shuffled_group_mixes_channels_of_several_groups():
 
 
 def test_widths_keep_the_budget_and_favour_what_matters():
-    rise = {name: {bits: weight * 4.0**-bits for bits in mixed.WIDTHS} for name, weight in (("a.q", 1.0), ("a.k", 1e3), ("b.q", 1e-3))}
+    rise = {
+        name: {bits: weight * 4.0**-bits for bits in mixed.WIDTHS}
+        for name, weight in (("a.q", 1.0), ("a.k", 1e3), ("b.q", 1e-3))
+    }
     sizes = {"a.q": 1000, "a.k": 500, "b.q": 2000}
     widths = mixed.choose_widths(rise, sizes, mean_bits=4.0)
     assert sum(widths[n] * sizes[n] for n in sizes) <= 4.0 * sum(sizes.values())
@@ -82,8 +93,11 @@ def test_a_text_without_enough_tokens_is_refused():
 
 
 def test_two_plots_on_one_page_share_no_ids():
-    row = {"label": "a", "errors": {"model.layers.0.x": 0.1, "model.layers.1.x": 0.2},
-           "size": {"codes_bytes": 1e6, "affine_bytes": 1e5, "embedding_bytes": 1e6, "other_bytes": 1e3}}
+    row = {
+        "label": "a",
+        "errors": {"model.layers.0.x": 0.1, "model.layers.1.x": 0.2},
+        "size": {"codes_bytes": 1e6, "affine_bytes": 1e5, "embedding_bytes": 1e6, "other_bytes": 1e3},
+    }
     first, second = plots.error_plot([row]), plots.size_plot([row])
     ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in (first, second)]
     assert ids[0] and ids[1] and not ids[0] & ids[1]
@@ -95,8 +109,13 @@ def test_two_plots_on_one_page_share_no_ids():
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    done = subprocess.run([sys.executable, "-m", "examples.demo", "--quick", "--output", output], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "COLUMNS": "160"})
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo", "--quick", "--output", output],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160"},
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return output, done.stdout
 
