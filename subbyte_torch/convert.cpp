@@ -1,6 +1,9 @@
 #include "subbyte_torch/convert.h"
 
 #include <ATen/ops/empty.h>
+#if SB_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
 
 namespace subbyte {
 
@@ -96,6 +99,14 @@ at::Tensor bias_of(const char* op, const OptionalTensor& bias, const char* ancho
 
 const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+Stream stream_of(const at::Tensor& t) {
+#if SB_CUDA
+  return Stream{c10::cuda::getCurrentCUDAStream(t.device().index()).stream()};
+#else
+  TORCH_CHECK(false, "subbyte was built without CUDA, a tensor is on ", t.device());
+#endif
+}
 
 at::Tensor workspace_of(int64_t bytes, const at::Tensor& anchor) {
   return bytes > 0 ? at::empty({bytes}, anchor.options().dtype(at::kByte)) : at::Tensor();

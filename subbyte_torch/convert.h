@@ -8,6 +8,7 @@
 
 #include "subbyte/base/dtype.h"
 #include "subbyte/base/error.h"
+#include "subbyte/base/stream.h"
 #include "subbyte/formats/packed_matrix.h"
 #include "subbyte_torch/packed_args.h"
 
@@ -66,6 +67,9 @@ PackedView affine_view_of(const char* op, int64_t n, int64_t k, const at::Tensor
 at::Tensor bias_of(const char* op, const OptionalTensor& bias, const char* anchor_name, const at::Tensor& anchor);
 const void* data_of(const at::Tensor& t);
 void* mutable_data_of(const at::Tensor& t);
+
+// The stream that PyTorch works on, on the device of `t`. Throws in a library built without CUDA.
+Stream stream_of(const at::Tensor& t);
 
 // `bytes` bytes on the device of `anchor`; undefined when 0. PyTorch's allocators align to 64 bytes or more.
 at::Tensor workspace_of(int64_t bytes, const at::Tensor& anchor);

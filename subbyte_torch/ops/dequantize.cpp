@@ -7,6 +7,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/dequantize/dequantize_cuda.h"
+#endif
+
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/affine_gradient.h"
@@ -40,6 +46,14 @@ at::Tensor dequantize_with(Run run, SB_PACKED_PARAMS, std::optional<at::ScalarTy
 at::Tensor dequantize_cpu(SB_PACKED_PARAMS, std::optional<at::ScalarType> dtype) {
   return dequantize_with([](const DequantizeParams& p) { dequantize(p); }, SB_PACKED, dtype);
 }
+
+#if SB_CUDA
+at::Tensor dequantize_cuda(SB_PACKED_PARAMS, std::optional<at::ScalarType> dtype) {
+  const c10::DeviceGuard device(codes.device());
+  return dequantize_with([&](const DequantizeParams& p) { cuda::dequantize(p, stream_of(codes)); }, SB_PACKED, dtype);
+}
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) { m.impl("dequantize", dequantize_cuda); }
+#endif
 
 struct DequantizeFn : torch::autograd::Function<DequantizeFn> {
   static constexpr bool is_traceable = true;

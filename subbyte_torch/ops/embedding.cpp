@@ -10,6 +10,12 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/embedding/embedding_cuda.h"
+#endif
+
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/affine_gradient.h"
@@ -78,6 +84,18 @@ at::Tensor embedding_grad_weight_dense(const at::Tensor& gy, const at::Tensor& i
   if (gw.numel() == 0 || indices.numel() == 0) return gw.zero_();
   return gw.copy_(at::embedding_dense_backward(gy, indices, num_embeddings, padding_idx, /*scale_grad_by_freq=*/false));
 }
+
+#if SB_CUDA
+at::Tensor embedding_cuda(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
+  const c10::DeviceGuard device(codes.device());
+  return embedding_with([&](const EmbeddingParams& p) { cuda::embedding(p, stream_of(codes)); }, indices, weight, SB_PACKED,
+                        padding_idx);
+}
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) {
+  m.impl("embedding", embedding_cuda);
+  m.impl("embedding_grad_weight", embedding_grad_weight_dense);
+}
+#endif
 
 struct EmbeddingGradWeightFn : torch::autograd::Function<EmbeddingGradWeightFn> {
   static constexpr bool is_traceable = true;

@@ -4,9 +4,17 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/linear/linear_cuda.h"
+#endif
 
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
@@ -32,26 +40,55 @@ at::Tensor linear_shape(const at::Tensor& x, const OptionalTensor& weight, SB_PA
   return at::empty_symint(sizes, x.options().requires_grad(std::nullopt));
 }
 
+LinearParams linear_params(const Rows& x, const PackedView& w, const at::Tensor& bias, const at::Tensor& y) {
+  LinearParams p;
+  p.x = x.data();
+  p.dtype = x.dtype;
+  p.m = x.m;
+  p.x_stride = x.stride;
+  p.w = w.matrix;
+  p.bias = data_of(bias);
+  p.y = mutable_data_of(y);
+  p.y_stride = w.matrix.n;
+  return p;
+}
+
 at::Tensor linear_cpu(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias) {
   at::Tensor y = linear_shape(x, weight, SB_PACKED, bias);
   const PackedView w = view_of("linear", {SB_PACKED}, "x", x);
   const Rows rows = rows_of("linear", "x", x);
   const at::Tensor b = bias_of("linear", bias, "x", x);
-  LinearParams p;
-  p.x = rows.data();
-  p.dtype = rows.dtype;
-  p.m = rows.m;
-  p.x_stride = rows.stride;
-  p.w = w.matrix;
-  p.bias = data_of(b);
-  p.y = mutable_data_of(y);
-  p.y_stride = w.matrix.n;
+  LinearParams p = linear_params(rows, w, b, y);
   p.workspace_bytes = linear_workspace_bytes(p);
   const at::Tensor workspace = workspace_of(p.workspace_bytes, x);
   p.workspace = mutable_data_of(workspace);
   translated([&] { linear(p); });
   return y;
 }
+
+#if SB_CUDA
+at::Tensor linear_cuda(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias) {
+  const c10::DeviceGuard device(codes.device());
+  at::Tensor y = linear_shape(x, weight, SB_PACKED, bias);
+  const PackedView w = view_of("linear", {SB_PACKED}, "x", x);
+  const at::Tensor b = bias_of("linear", bias, "x", x);
+  const Rows rows = rows_of("linear", "x", x);
+  if (cuda::linear_prefer_dense(rows.m, rows.dtype)) {
+    const at::Tensor dense = ops::dequantize(SB_PACKED, x.scalar_type());
+    at::Tensor out = y.view({rows.m, w.matrix.n});
+    if (b.defined()) at::addmm_out(out, b, rows.tensor, dense.t());
+    else at::mm_out(out, rows.tensor, dense.t());
+    return y;
+  }
+  LinearParams p = linear_params(rows, w, b, y);
+  p.workspace_bytes = cuda::linear_workspace_bytes(p);
+  const at::Tensor workspace = workspace_of(p.workspace_bytes, x);
+  p.workspace = mutable_data_of(workspace);
+  translated([&] { cuda::linear(p, stream_of(x)); });
+  return y;
+}
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) { m.impl("linear", linear_cuda); }
+#endif
 
 // Backward in terms of ops alone; each is recorded again where second derivatives are wanted.
 struct LinearFn : torch::autograd::Function<LinearFn> {

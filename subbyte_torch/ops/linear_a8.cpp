@@ -8,6 +8,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/linear_a8/linear_a8_cuda.h"
+#endif
+
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/gradient_mode.h"
@@ -42,12 +48,8 @@ at::Tensor linear_a8_shape(const at::Tensor& x, const OptionalTensor& weight, SB
   return at::empty_symint(sizes, x.options().requires_grad(std::nullopt));
 }
 
-at::Tensor linear_a8_cpu(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias,
-                         std::string_view x_scale) {
-  at::Tensor y = linear_a8_shape(x, weight, SB_PACKED, bias, x_scale);
-  const PackedView w = view_of("linear_a8", {SB_PACKED}, "x", x);
-  const Rows rows = rows_of("linear_a8", "x", x);
-  const at::Tensor b = bias_of("linear_a8", bias, "x", x);
+LinearA8Params linear_a8_params(const Rows& rows, const PackedView& w, const at::Tensor& b, const at::Tensor& y,
+                                std::string_view x_scale) {
   LinearA8Params p;
   p.x = rows.data();
   p.dtype = rows.dtype;
@@ -58,12 +60,40 @@ at::Tensor linear_a8_cpu(const at::Tensor& x, const OptionalTensor& weight, SB_P
   p.bias = data_of(b);
   p.y = mutable_data_of(y);
   p.y_stride = w.matrix.n;
+  return p;
+}
+
+at::Tensor linear_a8_cpu(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias,
+                         std::string_view x_scale) {
+  at::Tensor y = linear_a8_shape(x, weight, SB_PACKED, bias, x_scale);
+  const PackedView w = view_of("linear_a8", {SB_PACKED}, "x", x);
+  const Rows rows = rows_of("linear_a8", "x", x);
+  const at::Tensor b = bias_of("linear_a8", bias, "x", x);
+  LinearA8Params p = linear_a8_params(rows, w, b, y, x_scale);
   p.workspace_bytes = linear_a8_workspace_bytes(p);
   const at::Tensor workspace = workspace_of(p.workspace_bytes, x);
   p.workspace = mutable_data_of(workspace);
   translated([&] { linear_a8(p); });
   return y;
 }
+
+#if SB_CUDA
+at::Tensor linear_a8_cuda(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias,
+                          std::string_view x_scale) {
+  const c10::DeviceGuard device(codes.device());
+  at::Tensor y = linear_a8_shape(x, weight, SB_PACKED, bias, x_scale);
+  const PackedView w = view_of("linear_a8", {SB_PACKED}, "x", x);
+  const Rows rows = rows_of("linear_a8", "x", x);
+  const at::Tensor b = bias_of("linear_a8", bias, "x", x);
+  LinearA8Params p = linear_a8_params(rows, w, b, y, x_scale);
+  p.workspace_bytes = cuda::linear_a8_workspace_bytes(p);
+  const at::Tensor workspace = workspace_of(p.workspace_bytes, x);
+  p.workspace = mutable_data_of(workspace);
+  translated([&] { cuda::linear_a8(p, stream_of(x)); });
+  return y;
+}
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) { m.impl("linear_a8", linear_a8_cuda); }
+#endif
 
 at::Tensor linear_a8_autograd(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias,
                               std::string_view x_scale) {

@@ -4,8 +4,15 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/linear_grad_input/linear_grad_input_cuda.h"
+#endif
 
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
@@ -26,24 +33,50 @@ at::Tensor linear_grad_input_shape(const at::Tensor& gy, SB_PACKED_PARAMS) {
   return at::empty_symint(sizes, gy.options().requires_grad(std::nullopt));
 }
 
+LinearGradInputParams linear_grad_input_params(const Rows& gy, const PackedView& w, const at::Tensor& gx) {
+  LinearGradInputParams p;
+  p.gy = gy.data();
+  p.dtype = gy.dtype;
+  p.m = gy.m;
+  p.gy_stride = gy.stride;
+  p.w = w.matrix;
+  p.gx = mutable_data_of(gx);
+  p.gx_stride = w.matrix.k;
+  return p;
+}
+
 at::Tensor linear_grad_input_cpu(const at::Tensor& gy, SB_PACKED_PARAMS) {
   at::Tensor gx = linear_grad_input_shape(gy, SB_PACKED);
   const PackedView w = view_of("linear_grad_input", {SB_PACKED}, "gy", gy);
   const Rows rows = rows_of("linear_grad_input", "gy", gy);
-  LinearGradInputParams p;
-  p.gy = rows.data();
-  p.dtype = rows.dtype;
-  p.m = rows.m;
-  p.gy_stride = rows.stride;
-  p.w = w.matrix;
-  p.gx = mutable_data_of(gx);
-  p.gx_stride = in_features;
+  LinearGradInputParams p = linear_grad_input_params(rows, w, gx);
   p.workspace_bytes = linear_grad_input_workspace_bytes(p);
   const at::Tensor workspace = workspace_of(p.workspace_bytes, gy);
   p.workspace = mutable_data_of(workspace);
   translated([&] { linear_grad_input(p); });
   return gx;
 }
+
+#if SB_CUDA
+at::Tensor linear_grad_input_cuda(const at::Tensor& gy, SB_PACKED_PARAMS) {
+  const c10::DeviceGuard device(codes.device());
+  at::Tensor gx = linear_grad_input_shape(gy, SB_PACKED);
+  const PackedView w = view_of("linear_grad_input", {SB_PACKED}, "gy", gy);
+  const Rows rows = rows_of("linear_grad_input", "gy", gy);
+  if (cuda::linear_grad_input_prefer_dense(rows.m, rows.dtype)) {
+    at::Tensor out = gx.view({rows.m, in_features});
+    at::mm_out(out, rows.tensor, ops::dequantize(SB_PACKED, gy.scalar_type()));
+    return gx;
+  }
+  LinearGradInputParams p = linear_grad_input_params(rows, w, gx);
+  p.workspace_bytes = cuda::linear_grad_input_workspace_bytes(p);
+  const at::Tensor workspace = workspace_of(p.workspace_bytes, gy);
+  p.workspace = mutable_data_of(workspace);
+  translated([&] { cuda::linear_grad_input(p, stream_of(gy)); });
+  return gx;
+}
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) { m.impl("linear_grad_input", linear_grad_input_cuda); }
+#endif
 
 // gx = gy W is linear in gy and in W: with g the gradient of gx, d/dgy = g W^T and d/dW = gy^T g.
 struct LinearGradInputFn : torch::autograd::Function<LinearGradInputFn> {

@@ -6,6 +6,12 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/pack/pack_cuda.h"
+#endif
+
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
 
@@ -63,6 +69,27 @@ at::Tensor unpack_cpu(const at::Tensor& packed, std::string_view format, int64_t
   translated([&] { unpack(unpack_params(source, format, codes)); });
   return codes;
 }
+
+#if SB_CUDA
+at::Tensor pack_cuda(const at::Tensor& codes, std::string_view format) {
+  const c10::DeviceGuard device(codes.device());
+  const at::Tensor packed = pack_shape(codes, format), source = codes.contiguous();
+  translated([&] { cuda::pack(pack_params(source, format, packed), stream_of(codes)); });
+  return packed;
+}
+
+at::Tensor unpack_cuda(const at::Tensor& packed, std::string_view format, int64_t in_features) {
+  const c10::DeviceGuard device(packed.device());
+  const at::Tensor codes = unpack_shape(packed, format, in_features), source = packed.contiguous();
+  translated([&] { cuda::unpack(unpack_params(source, format, codes), stream_of(packed)); });
+  return codes;
+}
+
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) {
+  m.impl("pack", pack_cuda);
+  m.impl("unpack", unpack_cuda);
+}
+#endif
 
 TORCH_LIBRARY_FRAGMENT(subbyte, m) {
   m.def(kPackSchema);

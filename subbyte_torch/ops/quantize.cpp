@@ -8,6 +8,12 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#if SB_CUDA
+#include <c10/core/DeviceGuard.h>
+
+#include "subbyte/ops/quantize/quantize_cuda.h"
+#endif
+
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops.h"
 
@@ -160,6 +166,43 @@ void encode_in_place_cpu(const at::Tensor& codes, const at::Tensor& w, const at:
               group_size, rounding, seed, offset);
   if (!target.is_same(codes)) codes.copy_(target);
 }
+
+#if SB_CUDA
+QuantizeResult quantize_cuda(const at::Tensor& w, std::string_view format, int64_t group_size, std::string_view scheme,
+                             std::string_view zero_kind, std::optional<at::ScalarType> scale_dtype, const OptionalTensor& perm,
+                             std::string_view rounding, int64_t seed, int64_t offset) {
+  const c10::DeviceGuard device(w.device());
+  return quantize_with([&](const QuantizeParams& p) { cuda::quantize(p, stream_of(w)); }, w, format, group_size, scheme,
+                       zero_kind, scale_dtype, perm, rounding, seed, offset);
+}
+
+at::Tensor encode_cuda(const at::Tensor& w, const at::Tensor& scales, const OptionalTensor& zeros,
+                       const OptionalTensor& offsets, const OptionalTensor& perm, std::string_view format, int64_t group_size,
+                       std::string_view rounding, int64_t seed, int64_t offset) {
+  const c10::DeviceGuard device(w.device());
+  at::Tensor codes = encode_shape(w, scales, zeros, offsets, perm, format, group_size, rounding, seed, offset);
+  encode_with([&](const QuantizeParams& p) { cuda::encode(p, stream_of(w)); }, "encode", codes, w, scales, zeros, offsets, perm,
+              format, group_size, rounding, seed, offset);
+  return codes;
+}
+
+void encode_in_place_cuda(const at::Tensor& codes, const at::Tensor& w, const at::Tensor& scales, const OptionalTensor& zeros,
+                          const OptionalTensor& offsets, const OptionalTensor& perm, std::string_view format,
+                          int64_t group_size, std::string_view rounding, int64_t seed, int64_t offset) {
+  const c10::DeviceGuard device(w.device());
+  encode_in_place_shape(codes, w, scales, zeros, offsets, perm, format, group_size, rounding, seed, offset);
+  const at::Tensor target = dense_codes(codes);
+  encode_with([&](const QuantizeParams& p) { cuda::encode(p, stream_of(w)); }, "encode_", target, w, scales, zeros, offsets,
+              perm, format, group_size, rounding, seed, offset);
+  if (!target.is_same(codes)) codes.copy_(target);
+}
+
+TORCH_LIBRARY_IMPL(subbyte, CUDA, m) {
+  m.impl("quantize", quantize_cuda);
+  m.impl("encode", encode_cuda);
+  m.impl("encode_", encode_in_place_cuda);
+}
+#endif
 
 // Codes are integers: nothing is recorded. (The not-implemented fallback would skip the step below.)
 void encode_in_place_autograd(const at::Tensor& codes, const at::Tensor& w, const at::Tensor& scales,

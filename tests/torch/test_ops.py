@@ -60,13 +60,15 @@ def rows(*shape, dtype=torch.float32, device="cpu", seed=1):
 
 
 def bound(x, w, k, dtype):
-    """linear.h's bound, with |w| for |s (q - c)| + |o| times two (both are at most that for the weights used here)."""
+    """linear.h's bound, with 4 max|w| for |s (q - c)| + |o| (which does not exceed it on the weights used here). On CUDA, where a
+    dense product may be the faster way, weights rounded to x's dtype come on top."""
     x64, w64 = x.double().abs(), w.double().abs()
     y64 = x.double() @ w.double().t()
     scale = w64.max().item() * 4
     sums = x64.sum(-1, keepdim=True) * scale
     eps_acc = EPS[torch.float64] if dtype == torch.float64 else EPS[torch.float32]
-    return eps_acc * (k / 8 + 16) * sums + EPS[dtype] * y64.abs() + (2.0**-24 if dtype == torch.float16 else 0)
+    rounded = EPS[dtype] * (x64 @ w64.t()) if x.is_cuda else 0
+    return eps_acc * (k / 8 + 16) * sums + EPS[dtype] * y64.abs() + rounded + (2.0**-24 if dtype == torch.float16 else 0)
 
 
 # ---- values
@@ -426,6 +428,56 @@ def test_export_keeps_the_op():
     assert any("subbyte.linear" in str(n.target) for n in exported.graph.nodes)
     x = rows(7, p.k)
     assert torch.equal(exported.module()(x), ops.linear(x, None, *p.args, None))
+
+
+# ---- files
+
+
+def test_gguf_tensors_equal_those_of_the_gguf_package(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    import json
+
+    import numpy as np
+
+    path = str(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("block_count", 2)
+    writer.add_string("note", 'quote " and \u00e4')
+    writer.add_array("words", ["a", "b\n"])
+    g = np.random.default_rng(0)
+    values = {name: g.standard_normal((6, 64), dtype=np.float32) for name in ("Q4_0", "Q4_1", "Q8_0")}
+    for name, w in values.items():
+        kind = getattr(gguf.GGMLQuantizationType, name)
+        writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
+    dense = g.standard_normal((3, 5), dtype=np.float32)
+    writer.add_tensor("dense", dense)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    index = json.loads(ops.gguf_index(path))
+    assert index["metadata"]["note"] == 'quote " and \u00e4' and index["metadata"]["words"]["values"] == ["a", "b\n"]
+    assert [t["name"] for t in index["tensors"]] == ["Q4_0", "Q4_1", "Q8_0", "dense"]
+    for t in index["tensors"][:3]:
+        parts = ops.gguf_tensor(path, t["name"])
+        packed = t["packed"]
+        assert t["shape"] == [6, 64] and len(parts) == (3 if packed["zero_kind"] == "offsets" else 2)
+        offsets = parts[2] if len(parts) == 3 else None
+        w = ops.dequantize(parts[0], parts[1], None, offsets, None, packed["format"], 64, packed["group_size"], torch.float32)
+        kind = getattr(gguf.GGMLQuantizationType, t["name"])
+        expected = gguf.quants.dequantize(gguf.quants.quantize(values[t["name"]], kind), kind)
+        assert torch.equal(w, torch.from_numpy(expected))
+    assert index["tensors"][3]["packed"] is None
+    assert torch.equal(ops.gguf_tensor(path, "dense")[0], torch.from_numpy(dense))
+    with pytest.raises(ValueError, match="no tensor 'other'"):
+        ops.gguf_tensor(path, "other")
+    with open(path, "r+b") as f:
+        f.truncate(100)
+    with pytest.raises(RuntimeError, match="at byte"):
+        ops.gguf_index(path)
+    with pytest.raises(RuntimeError):
+        ops.gguf_index(path + ".missing")
 
 
 # ---- autocast and errors

@@ -1,0 +1,216 @@
+#include <torch/nn/init.h>
+#include <torch/nn/modules/container/sequential.h>
+
+#include <cmath>
+#include <ostream>
+
+#include "subbyte_torch/nn/embedding.h"
+#include "subbyte_torch/nn/linear.h"
+#include "subbyte_torch/nn/quantize.h"
+
+namespace subbyte::nn {
+
+// ---- packed module
+
+template <class Derived>
+void PackedModule<Derived>::set_weight(PackedWeight w) {
+  weight_ = std::move(w);
+  auto present = this->named_buffers(/*recurse=*/false);
+  auto place = [&](const char* name, torch::Tensor& part) {
+    if (torch::Tensor* buffer = present.find(name)) {
+      buffer->set_data(part);
+      part = *buffer;
+    } else if (part.defined()) {
+      part = this->register_buffer(name, part);
+    }
+  };
+  place("codes", weight_.codes);
+  place("scales", weight_.scales);
+  place("zeros", weight_.zeros);
+  place("offsets", weight_.offsets);
+  place("perm", weight_.perm);
+}
+
+template <class Derived>
+void PackedModule<Derived>::convert(std::optional<torch::Device> device, std::optional<torch::Dtype> dtype, bool non_blocking) {
+  const bool scales_too = dtype == torch::kFloat || dtype == torch::kHalf || dtype == torch::kBFloat16;
+  auto moved = [&](const torch::Tensor& t, bool convertible) {
+    return t.to(device.value_or(t.device()), convertible && dtype.has_value() ? *dtype : t.scalar_type(), non_blocking);
+  };
+  for (auto& parameter : this->named_parameters(/*recurse=*/false)) parameter->set_data(moved(*parameter, true));
+  for (auto& buffer : this->named_buffers(/*recurse=*/false))
+    buffer->set_data(moved(*buffer, scales_too && buffer->is_floating_point()));
+  weight_.forget_handle();
+}
+
+template <class Derived>
+void PackedModule<Derived>::load(torch::serialize::InputArchive& archive) {
+  c10::IValue format, group_size;
+  archive.read("format", format);
+  archive.read("group_size", group_size);
+  TORCH_CHECK_VALUE(format.toStringRef() == weight_.format && group_size.toInt() == weight_.group_size,
+                    "load: the archive holds ", format.toStringRef(), " in groups of ", group_size.toInt(), ", the module is ",
+                    weight_.format, " in groups of ", weight_.group_size);
+  const torch::NoGradGuard no_grad;
+  // Read apart first: an archive of other shapes leaves the module as it was.
+  for (auto& buffer : this->named_buffers(/*recurse=*/false)) {
+    torch::Tensor stored;
+    archive.read(buffer.key(), stored, /*is_buffer=*/true);
+    TORCH_CHECK_VALUE(stored.sizes() == buffer->sizes(), "load: ", buffer.key(), " is ", stored.sizes(), " in the archive, ",
+                      buffer->sizes(), " in the module");
+  }
+  torch::nn::Module::load(archive);
+  weight_.forget_handle();
+}
+
+// ---- Linear
+
+LinearImpl::LinearImpl(const LinearOptions& options_) : options(options_) { reset(); }
+
+LinearImpl::LinearImpl(PackedWeight weight, torch::Tensor bias_, int activation_bits, std::string x_scale)
+    : options(weight.in_features, weight.out_features()) {
+  options.bias = bias_.defined();
+  options.activation_bits = activation_bits;
+  options.x_scale = std::move(x_scale);
+  options.quantize.format = weight.format;
+  options.quantize.group_size = weight.group_size;
+  options.quantize.sym = !weight.zeros.defined() && !weight.offsets.defined();
+  options.quantize.zero_kind = weight.zeros.defined() ? "zeros" : "offsets";
+  options.quantize.scale_dtype = weight.scales.scalar_type();
+  options.quantize.perm = weight.perm;
+  TORCH_CHECK_VALUE(activation_bits == 0 || activation_bits == 8, "Linear: activation_bits is ", activation_bits,
+                    ", expected 0 or 8");
+  set_weight(std::move(weight));
+  bias = register_parameter("bias", std::move(bias_), options.bias);
+}
+
+void LinearImpl::reset() {
+  TORCH_CHECK_VALUE(options.activation_bits == 0 || options.activation_bits == 8, "Linear: activation_bits is ",
+                    options.activation_bits, ", expected 0 or 8");
+  const torch::NoGradGuard no_grad;
+  // One row block at a time would save memory, but a float matrix of one layer is what a float model has anyway.
+  torch::Tensor dense = torch::empty({options.out_features, options.in_features});
+  if (dense.numel() > 0) torch::nn::init::kaiming_uniform_(dense, std::sqrt(5.0));
+  set_weight(PackedWeight::quantize(dense, options.quantize));
+  if (options.bias) {
+    const double limit = options.in_features > 0 ? 1.0 / std::sqrt(double(options.in_features)) : 0.0;
+    bias = register_parameter("bias", torch::empty({options.out_features}).uniform_(-limit, limit));
+  } else {
+    bias = register_parameter("bias", {}, /*requires_grad=*/false);
+  }
+}
+
+void LinearImpl::pretty_print(std::ostream& stream) const {
+  stream << "subbyte::nn::Linear(in_features=" << options.in_features << ", out_features=" << options.out_features
+         << ", bias=" << std::boolalpha << options.bias << ", format=" << weight_.format
+         << ", group_size=" << weight_.group_size;
+  if (options.activation_bits != 0) stream << ", activation_bits=" << options.activation_bits;
+  stream << ")";
+}
+
+torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
+  const OptionalTensor b = bias.defined() ? OptionalTensor(bias) : std::nullopt;
+  return options.activation_bits == 8 ? linear_a8(x, weight_, b, options.x_scale) : linear(x, weight_, b);
+}
+
+Linear Linear::from_float(const torch::nn::Linear& layer, const QuantizeOptions& quantize, int activation_bits) {
+  return Linear(std::make_shared<LinearImpl>(PackedWeight::quantize(layer->weight, quantize),
+                                             layer->bias.defined() ? layer->bias.detach().clone() : torch::Tensor(),
+                                             activation_bits));
+}
+
+// ---- Embedding
+
+EmbeddingImpl::EmbeddingImpl(const EmbeddingOptions& options_) : options(options_) { reset(); }
+
+EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx) : options(weight.out_features(), weight.in_features) {
+  options.padding_idx = padding_idx;
+  options.quantize.format = weight.format;
+  options.quantize.group_size = weight.group_size;
+  options.quantize.sym = !weight.zeros.defined() && !weight.offsets.defined();
+  options.quantize.zero_kind = weight.zeros.defined() ? "zeros" : "offsets";
+  options.quantize.scale_dtype = weight.scales.scalar_type();
+  options.quantize.perm = weight.perm;
+  set_weight(std::move(weight));
+}
+
+void EmbeddingImpl::reset() {
+  const torch::NoGradGuard no_grad;
+  torch::Tensor dense = torch::randn({options.num_embeddings, options.embedding_dim});
+  if (options.padding_idx >= 0 && options.padding_idx < options.num_embeddings) dense[options.padding_idx].zero_();
+  set_weight(PackedWeight::quantize(dense, options.quantize));
+}
+
+void EmbeddingImpl::pretty_print(std::ostream& stream) const {
+  stream << "subbyte::nn::Embedding(num_embeddings=" << options.num_embeddings << ", embedding_dim=" << options.embedding_dim;
+  if (options.padding_idx >= 0) stream << ", padding_idx=" << options.padding_idx;
+  stream << ", format=" << weight_.format << ", group_size=" << weight_.group_size << ")";
+}
+
+torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) { return embedding(indices, weight_, options.padding_idx); }
+
+Embedding Embedding::from_float(const torch::nn::Embedding& layer, const QuantizeOptions& quantize) {
+  TORCH_CHECK_VALUE(!layer->options.max_norm().has_value(),
+                    "Embedding: the layer has max_norm, which packed tables do not apply");
+  return Embedding(std::make_shared<EmbeddingImpl>(PackedWeight::quantize(layer->weight, quantize),
+                                                   layer->options.padding_idx().value_or(-1)));
+}
+
+template class PackedModule<LinearImpl>;
+template class PackedModule<EmbeddingImpl>;
+
+// ---- quantize_
+
+namespace {
+
+bool skipped(const std::string& name, const std::vector<std::string>& skip) {
+  for (const std::string& s : skip)
+    if (name == s) return true;
+  return false;
+}
+
+void quantize_children(torch::nn::Module& module, const std::string& prefix, const QuantizeModuleOptions& options,
+                       QuantizeReport& report) {
+  if (auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(&module)) {
+    int64_t i = 0;
+    for (torch::nn::AnyModule& child : *sequential) {
+      const std::string index = std::to_string(i++), name = prefix + index;
+      const std::shared_ptr<torch::nn::Module> pointer = child.ptr();
+      if (const auto linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(pointer);
+          linear && !skipped(name, options.skip)) {
+        Linear packed = Linear::from_float(torch::nn::Linear(linear), options.quantize, options.activation_bits);
+        packed->train(linear->is_training());
+        child = torch::nn::AnyModule(packed.ptr());
+        sequential->replace_module(index, packed.ptr());
+        report.replaced.push_back(name);
+      } else if (const auto table = std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(pointer);
+                 table && options.embeddings && !skipped(name, options.skip)) {
+        Embedding packed = Embedding::from_float(torch::nn::Embedding(table), options.quantize);
+        packed->train(table->is_training());
+        child = torch::nn::AnyModule(packed.ptr());
+        sequential->replace_module(index, packed.ptr());
+        report.replaced.push_back(name);
+      } else {
+        quantize_children(*pointer, name + ".", options, report);
+      }
+    }
+    return;
+  }
+  for (const auto& child : module.named_children()) {
+    const std::string name = prefix + child.key();
+    const bool is_linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(child.value()) != nullptr;
+    const bool is_table = options.embeddings && std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(child.value()) != nullptr;
+    if ((is_linear || is_table) && !skipped(name, options.skip)) report.out_of_reach.push_back(name);
+    else quantize_children(*child.value(), name + ".", options, report);
+  }
+}
+
+}  // namespace
+
+QuantizeReport quantize_(torch::nn::Module& module, const QuantizeModuleOptions& options) {
+  QuantizeReport report;
+  quantize_children(module, "", options, report);
+  return report;
+}
+
+}  // namespace subbyte::nn

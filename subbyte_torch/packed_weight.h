@@ -1,0 +1,74 @@
+// A packed weight as a value: its tensors, what they mean, and the leaf that receives its gradient.
+#pragma once
+#include <torch/types.h>
+
+#include <optional>
+#include <string>
+
+#include "subbyte_torch/ops.h"
+
+namespace subbyte {
+
+// How a float matrix is packed.
+struct QuantizeOptions {
+  // Row layout, "uint4" or "uint8*64+uint4*448"; empty: by `bits` ("sign" for 1, "uint<bits>" for 2 to 8).
+  std::string format;
+  int bits = 4;
+  // Columns that share a scale; 0: one group a row.
+  int64_t group_size = 64;
+  // Symmetric: no zeros or offsets, the format's fixed zero. sign and ternary are always symmetric.
+  bool sym = false;
+  // "" chooses: minmax when asymmetric; absmean for symmetric sign and ternary, absmax for other symmetric formats.
+  std::string scheme;
+  // "offsets" or "zeros", when asymmetric.
+  std::string zero_kind = "offsets";
+  std::optional<torch::ScalarType> scale_dtype;
+  torch::Tensor perm;  // int32 [K]; undefined: none
+
+  // The options with every default replaced by what it means for K columns. Throws c10::ValueError.
+  QuantizeOptions resolved(int64_t in_features) const;
+};
+
+struct PackedWeight {
+  torch::Tensor codes;           // uint8 [N, row_bytes]
+  torch::Tensor scales;          // f32/f16/bf16 [N, G]
+  torch::Tensor zeros, offsets;  // [N, G] or undefined; at most one
+  torch::Tensor perm;            // int32 [K] or undefined
+  std::string format;
+  int64_t in_features = 0;
+  int64_t group_size = 0;
+
+  static PackedWeight quantize(const torch::Tensor& w, const QuantizeOptions& options = {}, bool stochastic = false,
+                               int64_t seed = 0, int64_t offset = 0);
+
+  int64_t out_features() const { return codes.size(0); }
+  torch::Tensor dequantize(std::optional<torch::ScalarType> dtype = std::nullopt) const;
+  // Requantizes dense values on the scales it has. seed and offset choose the random bits of stochastic rounding.
+  void encode_(const torch::Tensor& w, bool stochastic = false, int64_t seed = 0, int64_t offset = 0);
+  // W <- W + delta, rounded stochastically: unbiased, so that steps below one level are not lost. `delta` is dense [N, K].
+  void apply_update_(const torch::Tensor& delta, int64_t seed, int64_t offset);
+  // On another device; the handle of the result is fresh.
+  PackedWeight to(torch::Device device) const;
+  PackedWeight clone() const;
+  // Bytes of all parts.
+  int64_t bytes() const;
+
+  // A leaf of shape [N, K] with one element of storage that requires grad: pass it to the ops as `weight`, and after backward()
+  // its grad() is the dense gradient. Its values mean nothing. Made on first use; shared by copies of this value from then on.
+  const torch::Tensor& handle() const;
+  // The next handle() is a fresh one, without gradient.
+  void forget_handle() { handle_ = torch::Tensor(); }
+
+ private:
+  mutable torch::Tensor handle_;
+};
+
+// The ops on a PackedWeight. When the handle exists, or `with_gradient`, the dense gradient goes there.
+torch::Tensor linear(const torch::Tensor& x, const PackedWeight& w, const OptionalTensor& bias = std::nullopt,
+                     bool with_gradient = true);
+torch::Tensor linear_a8(const torch::Tensor& x, const PackedWeight& w, const OptionalTensor& bias = std::nullopt,
+                        const std::string& x_scale = "row", bool with_gradient = true);
+torch::Tensor embedding(const torch::Tensor& indices, const PackedWeight& w, int64_t padding_idx = -1,
+                        bool with_gradient = true);
+
+}  // namespace subbyte

@@ -1,0 +1,8 @@
+// Everything a C++ program needs of the LibTorch layer.
+#pragma once
+#include "subbyte_torch/nn/embedding.h"   // IWYU pragma: export
+#include "subbyte_torch/nn/linear.h"      // IWYU pragma: export
+#include "subbyte_torch/nn/quantize.h"    // IWYU pragma: export
+#include "subbyte_torch/ops.h"            // IWYU pragma: export
+#include "subbyte_torch/packed_weight.h"  // IWYU pragma: export
+#include "subbyte_torch/version.h"        // IWYU pragma: export
