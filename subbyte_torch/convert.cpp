@@ -98,6 +98,8 @@ at::Tensor bias_of(const char* op, const OptionalTensor& bias, const char* ancho
 }
 
 const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+const uint8_t* bytes_of(const at::Tensor& t) { return t.const_data_ptr<uint8_t>(); }
+uint8_t* mutable_bytes_of(const at::Tensor& t) { return t.mutable_data_ptr<uint8_t>(); }
 void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 Stream stream_of(const at::Tensor& t) {

@@ -67,6 +67,9 @@ PackedView affine_view_of(const char* op, int64_t n, int64_t k, const at::Tensor
 at::Tensor bias_of(const char* op, const OptionalTensor& bias, const char* anchor_name, const at::Tensor& anchor);
 const void* data_of(const at::Tensor& t);
 void* mutable_data_of(const at::Tensor& t);
+// The same of a uint8 tensor.
+const uint8_t* bytes_of(const at::Tensor& t);
+uint8_t* mutable_bytes_of(const at::Tensor& t);
 
 // The stream that PyTorch works on, on the device of `t`. Throws in a library built without CUDA.
 Stream stream_of(const at::Tensor& t);

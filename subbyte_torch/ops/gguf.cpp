@@ -110,7 +110,7 @@ at::ScalarType scalar_type_of(ElementType t, const std::string& name) {
 at::Tensor owned(const SharedBytes& bytes, at::IntArrayRef shape, at::ScalarType type) {
   at::Tensor out = at::empty(shape, at::TensorOptions(type));
   TORCH_INTERNAL_ASSERT(int64_t(out.nbytes()) == bytes.size());
-  if (bytes.size() > 0) std::memcpy(out.mutable_data_ptr(), bytes.data(), size_t(bytes.size()));
+  if (bytes.size() > 0) std::memcpy(mutable_data_of(out), bytes.data(), size_t(bytes.size()));
   return out;
 }
 

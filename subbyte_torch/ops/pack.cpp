@@ -41,9 +41,9 @@ PackParams pack_params(const at::Tensor& codes, std::string_view format, const a
   p.n = codes.size(0);
   p.k = codes.size(1);
   p.layout = layout_of("pack", format, p.k);
-  p.unpacked = codes.const_data_ptr<uint8_t>();
+  p.unpacked = bytes_of(codes);
   p.unpacked_stride = p.k;
-  p.packed = packed.mutable_data_ptr<uint8_t>();
+  p.packed = mutable_bytes_of(packed);
   return p;
 }
 
@@ -52,8 +52,8 @@ UnpackParams unpack_params(const at::Tensor& packed, std::string_view format, co
   p.n = codes.size(0);
   p.k = codes.size(1);
   p.layout = layout_of("unpack", format, p.k);
-  p.packed = packed.const_data_ptr<uint8_t>();
-  p.unpacked = codes.mutable_data_ptr<uint8_t>();
+  p.packed = bytes_of(packed);
+  p.unpacked = mutable_bytes_of(codes);
   p.unpacked_stride = p.k;
   return p;
 }

@@ -115,7 +115,7 @@ QuantizeResult quantize_with(Run run, const at::Tensor& w, std::string_view form
       affine_view_of("quantize", w.size(0), w.size(1), scales, as_zeros, as_offsets, perm, format, group_size, "w", w);
   QuantizeParams p = quantize_params(rows, out, rounding, seed, offset);
   p.scheme = scheme_from_name(scheme);
-  p.codes = codes.mutable_data_ptr<uint8_t>();
+  p.codes = mutable_bytes_of(codes);
   p.scales = mutable_data_of(scales);
   if (kind != ZeroKind::kFixed) p.zeros = mutable_data_of(zeros);
   translated([&] { run(p); });
@@ -131,7 +131,7 @@ void encode_with(Run run, const char* op, const at::Tensor& codes, const at::Ten
   const Rows rows = rows_of(op, "w", w);
   const PackedView out = affine_view_of(op, w.size(0), w.size(1), scales, zeros, offsets, perm, format, group_size, "w", w);
   QuantizeParams p = quantize_params(rows, out, rounding, seed, offset);
-  p.codes = codes.mutable_data_ptr<uint8_t>();
+  p.codes = mutable_bytes_of(codes);
   p.out.codes = p.codes;
   translated([&] { run(p); });
 }
