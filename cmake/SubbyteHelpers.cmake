@@ -23,5 +23,8 @@ function(sb_isa_flags source)
   # Kernels throw nothing: without the tables of exceptions their objects hold no weak symbol. The intrinsics of g++ 12 warn about
   # the undefined lanes they are made of.
   list(APPEND flags -fno-exceptions $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+  if(SB_BUILD_FUZZ)
+    list(APPEND flags -fno-sanitize=all)  # parsers are fuzzed; instrumenting kernels they never call takes minutes
+  endif()
   set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${flags}")
 endfunction()

@@ -96,7 +96,7 @@ TEST(Bits, PositionsBeyondTwoToThe32BytesAreExact) {
     for (const int64_t near_bit : {int64_t(1) << 31, int64_t(1) << 32, int64_t(1) << 35}) {
       const int64_t first = near_bit / bits - 3;
       for (int64_t k = first; k < first + 11; ++k) {
-        const uint32_t code = uint32_t(k * 2654435761u >> 7) & ((1u << bits) - 1);
+        const uint32_t code = uint32_t(uint64_t(k) * 2654435761u >> 7) & ((1u << bits) - 1);
         set_code(row, k, bits, code);
         ASSERT_EQ(get_code(row, k, bits), code);
         for (int b = 0; b < bits; ++b) ASSERT_EQ(stream_bit(row, k * bits + b), int(code >> b & 1)) << bits << " bits, " << k;

@@ -2,22 +2,16 @@
 #pragma once
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <fstream>
 #include <map>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "subbyte/base/testdata_test.h"
 #include "subbyte/formats/packed_matrix.h"
 
 namespace subbyte::testing {
-
-// The environment variable SB_TESTDATA_DIR wins over the folder compiled in: test programs also run away from their sources.
-inline std::string testdata_dir() {
-  const char* dir = std::getenv("SB_TESTDATA_DIR");
-  return dir != nullptr && *dir != '\0' ? dir : SB_TESTDATA_DIR;
-}
 
 struct GoldenCase {
   std::string name, scheme;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "subbyte/base/testdata_test.h"
 #include "subbyte/io/io_test_files.h"
 #include "subbyte/io/parse_whole_file.h"
 
@@ -14,7 +15,7 @@ using Parse = bool (*)(std::span<const uint8_t>);
 
 std::vector<Bytes> corpus(const std::string& target) {
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(std::string(SB_TESTDATA_DIR) + "/fuzz/" + target))
+  for (const auto& entry : std::filesystem::directory_iterator(testing::testdata_dir() + "/fuzz/" + target))
     names.push_back(entry.path().string());
   std::sort(names.begin(), names.end());
   std::vector<Bytes> out;

@@ -24,6 +24,17 @@ namespace {
 
 #if defined(__AVX512F__)
 
+struct ByteIndex {
+  uint8_t b[64];
+};
+// Lane i takes 4 bytes: from byte 3 i (odd == 0), or pairs of lanes from byte pair * i / 2, the odd one `odd` bytes further.
+constexpr ByteIndex byte_index(int pair, int odd) {
+  ByteIndex out{};
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 4; ++j) out.b[4 * i + j] = uint8_t(((odd == 0 ? pair * i : pair * (i / 2) + (i % 2) * odd) + j) & 63);
+  return out;
+}
+
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 14;     // 14x32: 28 sums, 2 vectors of weights, 1 broadcast of 32 registers
@@ -69,10 +80,10 @@ struct Simd {
       constexpr __mmask64 kRead = (uint64_t(1) << (16 * lane_codes(kBits) * kBits / 8)) - 1;
       const Int v = _mm512_maskz_loadu_epi8(kRead, p);
       if constexpr (kBits == 3 || kBits == 6) {
-        alignas(64) static constexpr Bytes kIndex = make_index(3, 0);
+        alignas(64) static constexpr ByteIndex kIndex = byte_index(3, 0);
         return _mm512_maskz_permutexvar_epi8(0x7777777777777777u, _mm512_load_si512(kIndex.b), v);
       } else {
-        alignas(64) static constexpr Bytes kIndex = make_index(kBits, kBits / 2);
+        alignas(64) static constexpr ByteIndex kIndex = byte_index(kBits, kBits / 2);
         const Int even_odd = _mm512_set1_epi64(int64_t(4) << 32);
         return _mm512_srlv_epi32(_mm512_permutexvar_epi8(_mm512_load_si512(kIndex.b), v), even_odd);
       }
@@ -99,18 +110,6 @@ struct Simd {
       v[i + 4] = _mm512_shuffle_i32x4(lo13, hi13, 0x88);
       v[i + 12] = _mm512_shuffle_i32x4(lo13, hi13, 0xdd);
     }
-  }
-
- private:
-  struct Bytes {
-    uint8_t b[64];
-  };
-  // Lane i takes 4 bytes: from byte 3 i (odd == 0), or pairs of lanes from byte pair * i / 2, the odd one `odd` bytes further.
-  static constexpr Bytes make_index(int pair, int odd) {
-    Bytes out{};
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 4; ++j) out.b[4 * i + j] = uint8_t(((odd == 0 ? pair * i : pair * (i / 2) + (i % 2) * odd) + j) & 63);
-    return out;
   }
 };
 
