@@ -4,7 +4,7 @@
     python tools/run_tests.py core cli   these only
 
 Each stage prints one line: its verdict, its counts, its time. What its commands print goes to build/test-logs/<stage>.log, and the end of
-that to the screen when the stage fails. The last line is '<N> passed, <M> failed, <K> skipped'; the exit status is 1 when M is not 0.
+what failed to the screen. The last line is '<N> passed, <M> failed, <K> skipped'; the exit status is 1 when M is not 0.
 
 A stage is a function with @stage that returns a Count or calls Run.check (one command = one test), Run.gtest and Run.pytest (counted
 from the XML they write). A build that fails, a program that crashes before writing its XML, a missing script: one failed test.
@@ -27,6 +27,7 @@ TORCH_PRESET = os.environ.get("TORCH_PRESET", "torch")  # gpu where there is a G
 TORCH_BUILD = ROOT / "build" / f"{TORCH_PRESET}-{TORCH_VERSION}"
 FUZZ_SECONDS = os.environ.get("FUZZ_SECONDS", "10")
 STAGE_TIMEOUT_S = 2400
+FAILED_LINES = 60  # how much of a failed command's output goes to the screen
 
 
 @dataclass
@@ -55,11 +56,13 @@ class Run:
         self.log_path = LOGS / f"{name}.log"
         self.log = open(self.log_path, "w", buffering=1)
         self.reasons = []  # why tests were skipped, for the verdict line
+        self.failed_output = []  # the end of what each failed command printed
 
     def command(self, *argv, env=None, cwd=ROOT):
         """Exit status of a command, its output in the log."""
         argv = [str(a) for a in argv]
         self.log.write(f"\n$ {' '.join(argv)}\n")
+        began = self.log_path.stat().st_size
         try:
             done = subprocess.run(
                 argv,
@@ -73,6 +76,10 @@ class Run:
         except (OSError, subprocess.TimeoutExpired) as error:
             self.log.write(f"{error}\n")
             return 127
+        if done.returncode:
+            with open(self.log_path, errors="replace") as log:
+                log.seek(began)
+                self.failed_output += [f"$ {' '.join(argv)[:120]}", *log.read().splitlines()[-FAILED_LINES:]]
         return done.returncode
 
     def must(self, *argv, **kwargs):
@@ -319,8 +326,7 @@ def main(names):
         if count.failed:
             if problem:
                 print(f"    {problem}")
-            tail = run.log_path.read_text(errors="replace").splitlines()[-60:]
-            print("    | " + "\n    | ".join(tail), flush=True)
+            print("    | " + "\n    | ".join(run.failed_output), flush=True)
     print(f"{time.monotonic() - began:.0f} s")
     print(total, flush=True)
     return 1 if total.failed or not total.passed else 0

@@ -83,7 +83,7 @@ SharedBytes SharedBytes::allocate(int64_t count, uint8_t** writable) {
 }
 
 SharedBytes SharedBytes::aligned(int64_t alignment) const {
-  if (reinterpret_cast<uintptr_t>(data()) % uintptr_t(alignment) == 0) return *this;
+  if (size() == 0 || reinterpret_cast<uintptr_t>(data()) % uintptr_t(alignment) == 0) return *this;
   uint8_t* p = nullptr;
   SharedBytes copy = allocate(size(), &p);
   std::memcpy(p, data(), size_t(size()));
