@@ -7,6 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import nn
+from .nn.packed import check_activation_bits, refuse_embedding_options
 from ._formats import resolve_format
 from .packed_weight import PackedWeight
 
@@ -99,7 +100,7 @@ def _kind(module):
         if kind.forward is not torch.nn.Embedding.forward:
             return f"{kind.__name__} has a forward of its own"
         try:
-            nn.refuse_embedding_options(module)
+            refuse_embedding_options(module)
         except ValueError as error:
             return str(error)
         return "embedding"
@@ -251,7 +252,7 @@ def quantize_(
                 )
         resolve_format(first["bits"], first["format"])
         for name in names:
-            nn._check_activation_bits(options[name]["activation_bits"])
+            check_activation_bits(options[name]["activation_bits"])
         work.append(names)
     for name, kind in kinds.items():
         if kind not in _KINDS and kind != "already packed":

@@ -1,10 +1,10 @@
-"""The operations as functions of tensors and packed weights. Formulas and error bounds: the headers subbyte/ops/<op>/<op>.h."""
+"""Functions of a PackedWeight."""
 
 import torch
 import torch.nn.functional as F
 
-from . import _library
-from .packed_weight import PackedWeight, _handle
+from .. import _library
+from ..packed_weight import PackedWeight, _handle
 
 _ops = _library.load()
 

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from . import functional
-from .packed_weight import PART_NAMES, PackedWeight
+from .. import functional
+from ..packed_weight import PART_NAMES, PackedWeight
 
 
 class _PackedState:
@@ -85,7 +85,7 @@ def _load_parts(weight, given, recorded, assign):
     return weight
 
 
-def _check_activation_bits(activation_bits):
+def check_activation_bits(activation_bits):
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits is {activation_bits!r}, expected None (x keeps its precision) or 8")
     return activation_bits
@@ -138,7 +138,7 @@ class Linear(_PackedState, torch.nn.Linear):
         )
 
     def _pack(self, activation_bits, **packing):
-        self.activation_bits = _check_activation_bits(activation_bits)
+        self.activation_bits = check_activation_bits(activation_bits)
         self.weight = torch.nn.Parameter(
             PackedWeight.from_float(self.weight, **packing), requires_grad=self.weight.requires_grad
         )
@@ -157,7 +157,7 @@ class Linear(_PackedState, torch.nn.Linear):
         module = cls.__new__(cls)
         torch.nn.Module.__init__(module)
         module.out_features, module.in_features = weight.shape
-        module.activation_bits = _check_activation_bits(activation_bits)
+        module.activation_bits = check_activation_bits(activation_bits)
         module.weight = (
             weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
         )
