@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 STAGES ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv/torch-$(TORCH_VERSION)
 # With a GPU and a CUDA compiler the LibTorch layer is built with its CUDA kernels.
@@ -15,7 +16,7 @@ export TORCH_VERSION PYTHON JOBS TORCH_PRESET
 export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 
-.PHONY: help setup test demo core torch bench format clean
+.PHONY: help setup test demo core torch bench bench-torch format clean
 
 help:
 	@echo 'make demo     quantize SmolLM2-135M, measure it, write demo_output/report.html (DEMO_ARGS=--quick for a minute-long run)'
@@ -24,6 +25,7 @@ help:
 	@echo 'make core     the edit-test loop of the core: build it and run its tests'
 	@echo 'make torch    build the LibTorch layer for the PyTorch of $(VENV)'
 	@echo 'make bench    subbyte bench: the limits of this machine, then the operations as shares of them'
+	@echo 'make bench-torch  the operations against PyTorch'\''s float32 product (BENCH_ARGS="--threads 1,2 --m 64")'
 	@echo 'make format   clang-format over all C++ and CUDA sources'
 	@echo 'make setup    only install what the others need'
 	@echo 'make clean    remove build/ (.venv/ stays)'
@@ -52,6 +54,9 @@ bench: setup
 	@cmake --preset core >/dev/null
 	@cmake --build build/core --target subbyte -j $(JOBS)
 	@build/core/subbyte/cli/subbyte bench
+
+bench-torch: torch
+	@$(RUN_PYTHON) bench/compare_torch.py $(BENCH_ARGS)
 
 format:
 	@git ls-files '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh' | xargs clang-format-14 -i
