@@ -239,7 +239,7 @@ def torch(run):
 def python(run):
     """Operators and the Python package."""
     build_torch(run)
-    return run.pytest("tests/torch", "tests/python")
+    return run.pytest("tests/torch", "tests/python", "tests/compat")
 
 
 @stage

@@ -1,0 +1,140 @@
+"""Parameters whose data are integers, on a PyTorch that lets only floating point tensors require gradients.
+
+To callers such a parameter has the face that bitorch_engine gave it: it is an nn.Parameter in parameters() and in the
+state_dict, its dtype is the integer one, .data can be assigned, .requires_grad is True, and after a backward pass .grad holds
+the gradient. To autograd it is a constant; the gradient comes by a float handle that stands in for it in the graph.
+"""
+
+import torch
+
+
+class IntegerParameter(torch.nn.Parameter):
+    """An nn.Parameter of any dtype with its own `requires_grad` and `grad`.
+
+    requires_grad: what callers asked for; it decides whether layers compute a gradient. Autograd itself is told False.
+    grad: None or a tensor of this shape, of any dtype. Backward passes add to it.
+    """
+
+    _attributes = ()  # names of further attributes, with these defaults: None
+
+    def __new__(cls, data=None, requires_grad=True, **attributes):
+        data = torch.empty(0) if data is None else data
+        self = torch.Tensor._make_subclass(cls, data.detach(), False)
+        self._wants_grad = bool(requires_grad)
+        self._held_grad = None
+        return self
+
+    def __init__(self, data=None, requires_grad=True, **attributes):
+        for name in self._attributes:
+            setattr(self, name, attributes.pop(name, None))
+        if attributes:
+            raise TypeError(f"{type(self).__name__}: unknown argument {next(iter(attributes))}")
+
+    @property
+    def requires_grad(self):
+        return self._wants_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value):
+        self._wants_grad = bool(value)
+
+    def requires_grad_(self, requires_grad=True):
+        self._wants_grad = bool(requires_grad)
+        return self
+
+    @property
+    def grad(self):
+        return self._held_grad
+
+    @grad.setter
+    def grad(self, value):
+        if value is not None and value.shape != self.shape:
+            raise ValueError(f"{type(self).__name__}: grad is {list(value.shape)}, expected {list(self.shape)}")
+        self._held_grad = value
+
+    @grad.deleter
+    def grad(self):
+        self._held_grad = None
+
+    def accumulate_grad(self, gradient):
+        """grad += gradient, as a backward pass does for ordinary parameters."""
+        self._held_grad = gradient if self._held_grad is None else self._held_grad + gradient
+
+    def _state(self):
+        return {name: getattr(self, name) for name in self._attributes}
+
+    def __deepcopy__(self, memo):
+        if id(self) in memo:
+            return memo[id(self)]
+        copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._state().items()}
+        result = type(self)(self.data.clone(), self._wants_grad, **copied)
+        result._held_grad = None if self._held_grad is None else self._held_grad.clone()
+        memo[id(self)] = result
+        return result
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (type(self), self.data, self._wants_grad, self._state())
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"{type(self).__name__}({self.data!r}, requires_grad={self._wants_grad})"
+
+    @staticmethod
+    def update(
+        qweight,
+        exp_avg_s=None,
+        exp_avg_l=None,
+        step=None,
+        lr=1e-4,
+        weight_decay=0.0,
+        beta1=0.99,
+        beta2=0.9999,
+        eps=1e-6,
+        dtype=torch.half,
+        correct_bias=None,
+        projector=None,
+        grad=None,
+    ):
+        """One optimizer step on qweight in place; the subclasses say which rule."""
+        raise NotImplementedError(f"update: no rule for {type(qweight).__name__}")
+
+
+def _rebuild(cls, data, requires_grad, state):
+    return cls(data, requires_grad, **state)
+
+
+def wants_gradient(parameter):
+    """Whether a backward pass has to bring this parameter a gradient: asked of the parameter, not of the layer's mode."""
+    return parameter is not None and torch.is_grad_enabled() and parameter.requires_grad
+
+
+def gradient_handle(shape, dtype, device, receive):
+    """A leaf of that shape without storage of its own, to stand for an integer weight in the graph.
+
+    After the backward pass has computed the leaf's gradient, receive(gradient) is called and the leaf lets go of it.
+    """
+    handle = torch.zeros((), dtype=dtype, device=device).expand(shape).detach().requires_grad_()
+
+    def hand_over(leaf):
+        gradient, leaf.grad = leaf.grad, None
+        receive(gradient)
+
+    handle.register_post_accumulate_grad_hook(hand_over)
+    return handle
+
+
+def float_stand_in(parameter, dtype=torch.float32):
+    """The values of an integer parameter as a float leaf whose gradient goes to parameter.grad; ordinary tensors as they are."""
+    if not isinstance(parameter, IntegerParameter):
+        return parameter
+    values = parameter.data.to(dtype)
+    if wants_gradient(parameter):
+        if values.data_ptr() == parameter.data_ptr():
+            values = values.clone()
+        values.requires_grad_()
+
+        def hand_over(leaf):
+            gradient, leaf.grad = leaf.grad, None
+            parameter.accumulate_grad(gradient)
+
+        values.register_post_accumulate_grad_hook(hand_over)
+    return values
