@@ -293,10 +293,10 @@ def cuda_compilers():
 
 @stage
 def demo(run):
-    """The demo, shortened: one window of text, fewer settings."""
+    """The demo, shortened: one window of text, fewer settings; the example programs on a slice of their data."""
     build_torch(run)
     run.build("core", "subbyte", "run_checkpoint")
-    return run.pytest("tests/demo")
+    return run.pytest("tests/demo", "tests/examples")
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------

@@ -33,12 +33,17 @@ def set_rounding_generator(generator):
 
     Every in-place update of a packed weight draws one seed, so torch.manual_seed makes a training run repeatable. Ranks of a
     distributed run that seed the default generator differently need a generator of their own here, seeded alike on every rank:
-    otherwise they round differently and their weights drift apart.
+    otherwise they round differently and their weights drift apart. subbyte.distributed sees to that.
     """
     global _rounding_generator
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"set_rounding_generator: the generator is on {generator.device}, expected cpu")
     _rounding_generator = generator
+
+
+def rounding_generator():
+    """The generator of set_rounding_generator, or None."""
+    return _rounding_generator
 
 
 def _draw_seed():

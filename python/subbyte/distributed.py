@@ -1,0 +1,90 @@
+"""Packed models on several processes: every rank holds the same bits, before the first step and after each.
+
+torch.nn.parallel.DistributedDataParallel averages the dense gradients of packed weights as it does any other. Two things it
+cannot know. At the start it copies the *values* of rank 0, and a packed weight that is written to keeps its own scales, so the
+other ranks would hold rounded copies. And every in-place update of a packed weight draws a seed for stochastic rounding, which
+must be the same on all ranks. `DistributedDataParallel` here is torch's with both taken care of.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .packed_weight import PackedWeight, rounding_generator, set_rounding_generator
+
+__all__ = ["DistributedDataParallel", "broadcast_", "share_rounding"]
+
+
+def _group_rank_to_global(group, rank):
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def _describe(weights):
+    return [
+        (name, w.format, tuple(w.shape), w.group_size, {part: (str(t.dtype), tuple(t.shape)) for part, t in w.parts.items()})
+        for name, w in weights
+    ]
+
+
+@torch.no_grad()
+def broadcast_(module, src=0, group=None):
+    """Gives every rank the parameters and buffers of rank `src` of `group`, packed weights part by part, bit for bit.
+
+    ValueError on the ranks whose packed weights have other names, formats or sizes than those of rank `src`.
+    """
+    source = _group_rank_to_global(group, src)
+    packed = [(n, p) for n, p in module.named_parameters() if isinstance(p, PackedWeight)]
+    packed += [(n, b) for n, b in module.named_buffers() if isinstance(b, PackedWeight)]
+    expected = [_describe(packed)]
+    dist.broadcast_object_list(expected, src=source, group=group)
+    agree = torch.tensor(int(expected[0] == _describe(packed)), device=_device_of(module))
+    dist.all_reduce(agree, dist.ReduceOp.MIN, group=group)  # all ranks stop together, none waits for the others
+    if not agree:
+        difference = [
+            f"here {mine}, on rank {src} {theirs}" for mine, theirs in zip(_describe(packed), expected[0]) if mine != theirs
+        ]
+        raise ValueError(
+            f"broadcast_: the packed weights differ between ranks: "
+            f"{difference[0] if difference else f'{len(packed)} here, {len(expected[0])} on rank {src}'}"
+        )
+    for _, weight in packed:
+        for part in weight.parts.values():
+            _broadcast(part, source, group)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, PackedWeight):
+            _broadcast(tensor.detach(), source, group)
+    return module
+
+
+def _broadcast(tensor, source, group):
+    sent = tensor.contiguous()  # what backends can send; the tensor itself where it is that already
+    dist.broadcast(sent, source, group=group)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.copy_(sent)
+
+
+def _device_of(module):
+    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def share_rounding(src=0, group=None, device="cpu"):
+    """Makes all ranks draw the same seeds of stochastic rounding from now on.
+
+    Rank `src` gives the state of its generator: the one of set_rounding_generator, or a new one that PyTorch's default
+    generator seeds. Returns this rank's generator, whose get_state() belongs into a checkpoint; `device` is one that the group's
+    backend can send from.
+    """
+    generator = rounding_generator() or torch.Generator().manual_seed(int(torch.randint(0, 2**62, ())))
+    state = generator.get_state().to(device)
+    dist.broadcast(state, _group_rank_to_global(group, src), group=group)
+    generator.set_state(state.cpu())
+    set_rounding_generator(generator)
+    return generator
+
+
+class DistributedDataParallel(torch.nn.parallel.DistributedDataParallel):
+    """torch.nn.parallel.DistributedDataParallel (same arguments) whose packed weights start and stay the same on all ranks."""
+
+    def __init__(self, module, *args, process_group=None, **kwargs):
+        broadcast_(module, group=process_group)
+        share_rounding(group=process_group, device=_device_of(module))
+        super().__init__(module, *args, process_group=process_group, init_sync=False, **kwargs)
