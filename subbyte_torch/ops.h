@@ -8,6 +8,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "subbyte_torch/ops/mpq.h"       // IWYU pragma: export
 #include "subbyte_torch/ops/relayout.h"  // IWYU pragma: export
 #include "subbyte_torch/packed_args.h"
 
