@@ -32,13 +32,13 @@ BatchedRows batched_rows_of(const char* op, const char* name, const at::Tensor& 
   int64_t own = 1;
   for (int64_t d = 0; d < v.dim() - 2; ++d) own *= v.size(d);
   if (own == 1) {
-    out.tensor = v.reshape({v.size(-2), v.size(-1)}).contiguous();
+    out.tensor = v.reshape({v.size(-2), v.size(-1)}).resolve_neg().contiguous();
     return out;
   }
   auto sizes = y.sizes().slice(0, size_t(y.dim() - 2)).vec();
   sizes.push_back(v.size(-2));
   sizes.push_back(v.size(-1));
-  out.tensor = v.expand(sizes).contiguous();
+  out.tensor = v.expand(sizes).resolve_neg().contiguous();
   out.batch_stride = v.size(-2) * v.size(-1);
   return out;
 }

@@ -2,6 +2,7 @@
 
 from .layouts import binary_layout, nibble_layout
 from .packed import dequantize, embedding, linear, linear_a8, pack, permute_rows, quantize, unpack
+from .quantized import quantized_conv2d, quantized_linear, quantized_matmul
 
 __all__ = [
     "binary_layout",
@@ -13,5 +14,8 @@ __all__ = [
     "pack",
     "permute_rows",
     "quantize",
+    "quantized_conv2d",
+    "quantized_linear",
+    "quantized_matmul",
     "unpack",
 ]

@@ -10,7 +10,9 @@
 
 #include "subbyte/base/cpu_features.h"
 #include "subbyte/base/parallel_for.h"
+#include "subbyte/formats/bits.h"
 #include "subbyte/ops/quantized_matmul/kernels.h"
+#include "subbyte/ops/quantized_matmul/step_rule.h"
 
 namespace subbyte {
 namespace {
@@ -20,6 +22,9 @@ struct Case {
   int bits;
   DType dtype = DType::kF32;
   bool shared_z = false;
+  bool packed_z = false;  // z as codes; batch-shared
+  bool bias = false;
+  DType z_dtype = dtype;
 };
 
 struct Operands {
@@ -37,22 +42,38 @@ Operands operands(const Case& c, unsigned seed) {
   std::normal_distribution<double> d(0, 2);  // steps below are 0.5 and 0.3: some values saturate
   Operands o;
   o.x.resize(size_t(c.batch * c.m * c.k));
-  o.z.resize(size_t((c.shared_z ? 1 : c.batch) * c.n * c.k));
+  o.z.resize(size_t((c.shared_z || c.packed_z ? 1 : c.batch) * c.n * c.k));
   for (double& v : o.x) v = d(r);
   for (double& v : o.z) v = d(r);
   return o;
 }
 
+// The stream that a layer would keep of z.
+std::vector<uint8_t> packed(const Case& c, const std::vector<uint8_t>& z, float step) {
+  const int64_t row_bytes = stream_bytes(c.k, c.bits);
+  std::vector<uint8_t> codes(size_t(c.n * row_bytes));
+  for (int64_t n = 0; n < c.n; ++n)
+    for (int64_t k = 0; k < c.k; ++k)
+      set_code(codes.data() + n * row_bytes, k, c.bits,
+               uint32_t(step_code(load_float(z.data(), c.z_dtype, n * c.k + k), step, c.bits) + (1 << (c.bits - 1))));
+  return codes;
+}
+
 // y as raw bytes, with a guard row behind it.
 std::vector<uint8_t> run(const Case& c, const Operands& o, bool reference, float x_step = 0.5f, float z_step = 0.3f) {
-  const std::vector<uint8_t> x = as_dtype(o.x, c.dtype), z = as_dtype(o.z, c.dtype);
+  const std::vector<uint8_t> x = as_dtype(o.x, c.dtype), z = as_dtype(o.z, c.z_dtype);
+  const std::vector<uint8_t> codes = c.packed_z ? packed(c, z, z_step) : std::vector<uint8_t>();
+  const std::vector<uint8_t> bias = as_dtype(std::vector<double>(o.x.begin(), o.x.begin() + c.n * int64_t(c.bias)), c.dtype);
   const size_t count = size_t(c.batch * c.m * c.n);
   std::vector<uint8_t> y = as_dtype(std::vector<double>(count + 16, std::numeric_limits<double>::quiet_NaN()), c.dtype);
   QuantizedMatmulParams p;
   p.x = x.data();
-  p.z = z.data();
+  if (c.packed_z) p.z_codes = codes.data();
+  else p.z = z.data();
+  if (c.bias) p.bias = bias.data();
   p.y = y.data();
   p.dtype = c.dtype;
+  p.z_dtype = c.z_dtype;
   p.batch = c.batch;
   p.m = c.m;
   p.n = c.n;
@@ -63,8 +84,8 @@ std::vector<uint8_t> run(const Case& c, const Operands& o, bool reference, float
   p.y_stride = c.n;
   p.y_batch_stride = c.m * c.n;
   p.bits = c.bits;
-  p.x_step = x_step;
-  p.z_step = z_step;
+  p.x_step = &x_step;
+  p.z_step = &z_step;
   if (reference) {
     reference::quantized_matmul(p);
   } else {
@@ -128,6 +149,64 @@ TEST(QuantizedMatmul, TakesEveryDtypeAndASharedOperand) {
   }
 }
 
+TEST(QuantizedMatmul, PackedRowsGiveTheBitsOfTheFloatsTheyWerePackedFrom) {
+  for (int isa = 0; isa <= int(detected_isa()); ++isa) {
+    ScopedIsa forced{Isa(isa)};
+    for (int bits = 2; bits <= 8; ++bits)
+      for (const auto& [m, n, k] :
+           {std::tuple<int, int, int>{1, 3, 1}, {2, 33, 7}, {3, 5, 65}, {4, 70, 127}, {2, 4, 1000}, {3, 4, 0}}) {
+        Case c{2, m, n, k, bits, DType::kF32, true, false, k > 33};
+        const Operands o = operands(c, unsigned(k));
+        const auto from_floats = run(c, o, false);
+        c.packed_z = true;
+        ASSERT_EQ(run(c, o, false), from_floats) << isa_name(Isa(isa)) << " bits " << bits << " K " << k;
+        ASSERT_EQ(run(c, o, true), from_floats) << "reference, bits " << bits << " K " << k;
+      }
+  }
+}
+
+TEST(QuantizedMatmul, OperandsMayDifferInTypeAndTheBiasIsAddedBeforeTheOneRounding) {
+  for (DType t : {DType::kF16, DType::kBF16, DType::kF64}) {
+    const Case c{2, 5, 9, 40, 4, t, true, false, true, DType::kF32};
+    const Operands o = operands(c, 3);
+    const std::vector<uint8_t> y = run(c, o, false);
+    EXPECT_EQ(y, run(c, o, true)) << dtype_name(t);
+    const std::vector<uint8_t> x = as_dtype(o.x, t);
+    double sum = 0;
+    for (int64_t k = 0; k < c.k; ++k)
+      sum += step_code(load_float(x.data(), t, k), 0.5f, 4) * step_code(float(o.z[size_t(k)]), 0.3f, 4);
+    const double want = sum * 0.5 * double(0.3f) + load_double(x.data(), t, 0);
+    EXPECT_NEAR(load_double(y.data(), t, 0), want, 1.01 * dtype_epsilon(t) * std::fabs(want) + 1e-6);
+  }
+}
+
+TEST(Int8Rows, EveryKernelMakesTheReferencesRows) {
+  int tried = 0;
+  const Int8RowKernel& reference = int8_row_kernels().back();
+  for (const Int8RowKernel& kernel : int8_row_kernels()) {
+    if (kernel.isa > detected_isa()) continue;
+    for (DType t : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64})
+      for (int bits = 2; bits <= 8; ++bits)
+        for (int64_t k : {0, 1, 7, 8, 9, 31, 33, 64, 71}) {
+          std::vector<double> v(size_t(k + 1));
+          for (int64_t i = 0; i <= k; ++i) v[size_t(i)] = double(i % 41 - 20) * 0.125;  // step 0.25: ties, both ends
+          if (k > 8) v[3] = INFINITY, v[4] = -INFINITY, v[size_t(k)] = NAN;
+          const std::vector<uint8_t> raw = as_dtype(v, t);
+          alignas(64) int8_t got[128], want[128];
+          EXPECT_EQ(kernel.quantize(raw.data(), t, 1, k, 0.25f, bits, got), k > 8);
+          reference.quantize(raw.data(), t, 1, k, 0.25f, bits, want);
+          ASSERT_EQ(std::memcmp(got, want, size_t(k)), 0)
+              << kernel.name << " " << dtype_name(t) << " bits " << bits << " k " << k;
+          std::vector<uint8_t> codes(size_t(stream_bytes(k, bits)));
+          for (int64_t i = 0; i < k; ++i) set_code(codes.data(), i, bits, uint32_t(int(want[i]) + (1 << (bits - 1))));
+          kernel.unpack(codes.data(), k, bits, got);
+          ASSERT_EQ(std::memcmp(got, want, size_t(k)), 0) << kernel.name << " unpack bits " << bits << " k " << k;
+          ++tried;
+        }
+  }
+  EXPECT_GE(tried, 4 * 7 * 9);
+}
+
 TEST(QuantizedMatmul, Float16DoesNotOverflowBeforeTheScale) {  // 4096 * 49 = 200704 > 65504 as an integer
   Case c{1, 1, 1, 4096, 4, DType::kF16};
   Operands o;
@@ -169,13 +248,23 @@ TEST(QuantizedMatmul, RefusesWhatItCannotMean) {
   p.bits = 1;
   EXPECT_THROW(quantized_matmul(p), std::invalid_argument);
   p.bits = 4;
-  p.x_step = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THROW(quantized_matmul(p), std::invalid_argument);  // no steps
+  float x_step = std::numeric_limits<float>::quiet_NaN(), z_step = 1;
+  p.x_step = &x_step;
+  p.z_step = &z_step;
   EXPECT_THROW(quantized_matmul(p), std::invalid_argument);
-  p.x_step = 1;
+  x_step = 1;
   EXPECT_THROW(quantized_matmul(p), std::invalid_argument);  // no arrays
   float v = 1;
+  const uint8_t code = 0;
   p.x = p.z = p.y = &v;
   EXPECT_THROW(quantized_matmul(p), std::invalid_argument);  // no workspace
+  alignas(64) uint8_t memory[512];
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  EXPECT_NO_THROW(quantized_matmul(p));
+  p.z_codes = &code;
+  EXPECT_THROW(quantized_matmul(p), std::invalid_argument);  // z twice
 }
 
 TEST(QuantizedMatmulSelection, IsAPureFunctionOfBitsAndInstructionSet) {
