@@ -18,7 +18,7 @@ enum class LinearForm : uint8_t {
 // x of one segment, made by LinearKernel::prepare.
 //   kRows   x [M][blocks][fields][lanes] padded with zeros, group sums [M][sums_stride] padded with zeros when the segment
 //           has offsets, lane_groups [blocks][lanes]: the group of each lane, when groups change inside blocks
-//   kTile   x [tiles][K][rows of the tile]
+//   kTile   x [blocks of K][tiles][columns of the block][rows of the tile]
 struct LinearInput {
   const void* x = nullptr;  // column 0 of the whole matrix
   DType dtype = DType::kF32;
@@ -31,12 +31,13 @@ struct LinearInput {
   int32_t* lane_groups = nullptr;
 };
 
-// out[m, n] = (accumulate ? out[m, n] : 0) + sum over the segment's columns + (bias ? bias[n] : 0)
+// out[m, n] = (accumulate ? out[m, n] : 0) + sum over the segment's columns + (bias ? bias[n] : 0), m_begin <= m < m_end
 struct LinearOutput {
   float* out = nullptr;
   int64_t stride = 0;
   bool accumulate = false;
   const float* bias = nullptr;
+  int64_t m_begin = 0, m_end = 0;  // kTile: first rows of tiles (tile_grid.h), or M; kRows: 0 and M
 };
 
 struct LinearKernel {
@@ -45,10 +46,11 @@ struct LinearKernel {
   LinearForm form;
   int lanes;      // float32 lanes of the vector
   int row_step;   // rows of the weight that one pass serves: ranges begin on multiples of it
+  int tile_rows;  // kTile: rows of x in a tile
   int64_t max_m;  // most rows of x it is chosen for
-  // Rows [m_begin, m_end) of the prepared x.
+  // Rows [m_begin, m_end) of the prepared x; kTile: the tiles that begin there.
   void (*prepare)(const WeightSegment& w, const LinearInput& in, int64_t m_begin, int64_t m_end) noexcept;
-  // Rows [n_begin, n_end) of the weight, all of M.
+  // Rows [n_begin, n_end) of the weight, rows of x as the output says.
   void (*multiply)(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin,
                    int64_t n_end) noexcept;
 };
@@ -61,7 +63,7 @@ bool linear_kernel_serves(const LinearKernel& kernel, Format format, int64_t gro
 // function; never fails, since the last row is the reference.
 const LinearKernel& select_linear_kernel(int64_t m, Format format, int64_t group_size, int64_t k, DType dtype, Isa isa);
 
-#define SB_LINEAR_KERNEL(name, isa, form, lanes, row_step, max_m)                                               \
+#define SB_LINEAR_KERNEL(name, isa, form, lanes, row_step, tile_rows, max_m)                                    \
   void name##_prepare(const WeightSegment& w, const LinearInput& in, int64_t m_begin, int64_t m_end) noexcept;  \
   void name##_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin, \
                        int64_t n_end) noexcept;

@@ -7,16 +7,17 @@
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
 #include "subbyte/ops/linear/kernels.h"
+#include "subbyte/ops/linear/tile_grid.h"
 
 namespace subbyte {
 namespace {
 
 constexpr LinearKernel kTable[] = {
-#define SB_LINEAR_KERNEL(name, isa, form, lanes, row_step, max_m) \
-  {#name, Isa::isa, LinearForm::form, lanes, row_step, max_m, name##_prepare, name##_multiply},
+#define SB_LINEAR_KERNEL(name, isa, form, lanes, row_step, tile_rows, max_m) \
+  {#name, Isa::isa, LinearForm::form, lanes, row_step, tile_rows, max_m, name##_prepare, name##_multiply},
 #include "subbyte/ops/linear/kernels.inc"
 #undef SB_LINEAR_KERNEL
-    {"linear_reference", Isa::kScalar, LinearForm::kReference, 1, 1, std::numeric_limits<int64_t>::max(), nullptr, nullptr},
+    {"linear_reference", Isa::kScalar, LinearForm::kReference, 1, 1, 1, std::numeric_limits<int64_t>::max(), nullptr, nullptr},
 };
 
 // Rows of x up to which codes of fewer than 4 bits are streamed; max_m of the table holds for the wider ones. Decoding a narrow
@@ -25,6 +26,15 @@ constexpr LinearKernel kTable[] = {
 constexpr int64_t kNarrowRows = 2;
 // Work below which a second thread costs more than it saves, in multiply-adds.
 constexpr int64_t kMinChunkWork = 1 << 17;
+
+// float32 to float16 or bfloat16.
+void round_floats(const float* from, DType t, int64_t count, uint16_t* to) {
+  if (t == DType::kBF16) {
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_bf16(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = float_to_f16(from[i]);
+  }
+}
 
 int64_t padded(int64_t floats) { return round_up(floats, 16); }  // 64-byte steps
 
@@ -122,7 +132,7 @@ void linear(const LinearParams& p) {
   const int segments = p.w.layout.segment_count;
   std::array<WeightSegment, RowLayout::kMaxSegments> weights;
   std::array<LinearInput, RowLayout::kMaxSegments> inputs;
-  int64_t row_step = 1;
+  int64_t row_step = 1, tile_rows = p.m;
   for (int i = 0; i < segments; ++i) {
     weights[i] = weight_segment(p.w, i);
     LinearInput& in = inputs[i];
@@ -136,6 +146,8 @@ void linear(const LinearParams& p) {
     in.sums_stride = plan.sums_stride[i];
     if (plan.lane_groups[i] >= 0) in.lane_groups = reinterpret_cast<int32_t*>(workspace + plan.lane_groups[i]);
     row_step = max_i64(row_step, plan.kernel[i]->row_step);
+    // Segments with few rows of x are served by either form; then all rows are one tile.
+    if (plan.kernel[i]->form == LinearForm::kTile) tile_rows = plan.kernel[i]->tile_rows;
   }
   parallel_for(p.m, max_i64(1, kMinChunkWork / p.w.k), [&](int64_t begin, int64_t end) {
     for (int i = 0; i < segments; ++i) plan.kernel[i]->prepare(weights[i], inputs[i], begin, end);
@@ -151,25 +163,23 @@ void linear(const LinearParams& p) {
     for (int64_t n = 0; n < p.w.n; ++n) copy[n] = load_float(p.bias, p.dtype, n);
     bias = copy;
   }
-  const int64_t steps = ceil_div(p.w.n, row_step), grain = max_i64(1, kMinChunkWork / (row_step * p.m * p.w.k));
-  parallel_for(steps, grain, [&](int64_t begin, int64_t end) {
-    const int64_t n_begin = begin * row_step, n_end = min_i64(end * row_step, p.w.n);
-    for (int i = 0; i < segments; ++i) {
-      LinearOutput o = out;
-      o.accumulate = i > 0;
-      o.bias = i + 1 == segments ? bias : nullptr;
-      plan.kernel[i]->multiply(weights[i], inputs[i], o, n_begin, n_end);
-    }
-    if (!rounds) return;
-    for (int64_t m = 0; m < p.m; ++m) {
-      const float* from = out.out + m * out.stride;
-      uint16_t* to = static_cast<uint16_t*>(p.y) + m * p.y_stride;
-      if (p.dtype == DType::kBF16) {
-        for (int64_t n = n_begin; n < n_end; ++n) to[n] = float_to_bf16(from[n]);
-      } else {
-        for (int64_t n = n_begin; n < n_end; ++n) to[n] = float_to_f16(from[n]);
+  const TileGrid grid = TileGrid::make(p.m, tile_rows, ceil_div(p.w.n, row_step));
+  const int64_t unit_work = max_i64(1, row_step * p.m * p.w.k / grid.parts);
+  parallel_for(grid.units(), max_i64(1, kMinChunkWork / unit_work), [&](int64_t begin, int64_t end) {
+    grid.rectangles(begin, end, [&](int64_t strip_begin, int64_t strip_end, int64_t m_begin, int64_t m_end) {
+      const int64_t n_begin = strip_begin * row_step, n_end = min_i64(strip_end * row_step, p.w.n);
+      for (int i = 0; i < segments; ++i) {
+        LinearOutput o = out;
+        o.accumulate = i > 0;
+        o.bias = i + 1 == segments ? bias : nullptr;
+        o.m_begin = m_begin;
+        o.m_end = m_end;
+        plan.kernel[i]->multiply(weights[i], inputs[i], o, n_begin, n_end);
       }
-    }
+      for (int64_t m = m_begin; m < m_end && rounds; ++m)
+        round_floats(out.out + m * out.stride + n_begin, p.dtype, n_end - n_begin,
+                     static_cast<uint16_t*>(p.y) + m * p.y_stride + n_begin);
+    });
   });
 }
 

@@ -155,7 +155,7 @@ TEST(Linear, KeepsItsBoundAtLargeSizes) {
   };
   constexpr Size kSizes[] = {{1, 4097, 576}, {333, 127, 300}, {64, 33, 1536}, {17, 34, 4097}, {8, 5, 4097},
                              {3, 1536, 64},  {7, 127, 1537},  {1, 576, 1536}, {333, 5, 1536}, {2, 4097, 127},
-                             {1, 64, 4097},  {64, 576, 65},   {4, 33, 9000}};
+                             {1, 64, 4097},  {64, 576, 65},   {4, 33, 9000},  {900, 37, 300}};
   for (const Isa isa : present_isas()) {
     if (isa == Isa::kScalar) continue;
     ScopedIsa forced(isa);
@@ -217,9 +217,10 @@ TEST(Linear, ResultDoesNotDependOnTheNumberOfThreads) {
   for (const Isa isa : present_isas()) {
     ScopedIsa forced(isa);
     for (const char* layout : {"uint4", "sign", "uint5"})
-      for (const int64_t m : {1, 4, 40}) {
+      for (const int64_t m : {1, 4, 40, 150}) {
         if (isa == Isa::kScalar && (m > 1 || layout[0] == 's')) continue;
-        Problem problem{{layout, 1031, 200, 32, ZeroKind::kZeros}, m, DType::kBF16, 0, 0, true};
+        const int64_t n = m == 150 ? 70 : 1031;  // few strips: rows are shared out as well
+        Problem problem{{layout, n, 200, 32, ZeroKind::kZeros}, m, DType::kBF16, 0, 0, true};
         std::vector<std::vector<uint8_t>> results;
         for (const int threads : {1, 2, 3}) {
           set_num_threads(threads);

@@ -15,7 +15,7 @@ void linear_f32_tile6x16_avx2_prepare(const WeightSegment& w, const LinearInput&
 }
 void linear_f32_tile6x16_avx2_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin,
                                        int64_t n_end) noexcept {
-  kTilesRange[int(w.format)](w, in, out, n_begin, n_end);
+  multiply_tiles_range(w, in, out, n_begin, n_end);
 }
 
 }  // namespace subbyte

@@ -16,7 +16,7 @@ void linear_f32_tile14x32_avx512_prepare(const WeightSegment& w, const LinearInp
 }
 void linear_f32_tile14x32_avx512_multiply(const WeightSegment& w, const LinearInput& in, const LinearOutput& out,
                                           int64_t n_begin, int64_t n_end) noexcept {
-  kTilesRange[int(w.format)](w, in, out, n_begin, n_end);
+  multiply_tiles_range(w, in, out, n_begin, n_end);
 }
 
 }  // namespace subbyte

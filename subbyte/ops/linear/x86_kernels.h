@@ -5,10 +5,11 @@
 //   put into the order of the fields beforehand. A group's sum stays unscaled until the group (or, for groups smaller than a
 //   block, the block) ends. Limited by decoding (4 operations a vector of codes) below 8 bits, by memory at 8 bits.
 // Tile (many rows): lanes x lanes dwords of packed codes are transposed, which costs 1 / fields of a transpose of floats, and
-//   each field of a transposed dword is one column of the panel. Limited by the multiply-add of the tile.
+//   each field of a transposed dword is one column of the panel. The product: x86_tile.h.
 #pragma once
 #include "subbyte/ops/linear/kernels.h"
 #include "subbyte/ops/linear/x86_simd.h"
+#include "subbyte/ops/linear/x86_tile.h"
 
 namespace subbyte {
 namespace {
@@ -221,30 +222,42 @@ void multiply_rows_range(const WeightSegment& w, const LinearInput& in, const Li
 
 // ---- many rows of x ----
 
-// panel[k][0, 2 lanes) = w[n .. n + valid)[k0 + k] for k < depth (a multiple of the block but at the segment's end), zeros for
-// rows that do not exist. Up to a block beyond depth may be written.
+// Element i of kStrip rows, `stride` elements apart, as float32; rows from `valid` on are 0.
+SB_INLINE void load_column(const uint8_t* p, DType t, int64_t stride, int64_t valid, float* out) {
+  using S = Simd;
+  if (t == DType::kF32) {
+    for (int64_t r = 0; r < kStrip; ++r) out[r] = r < valid ? load_one(p + 4 * r * stride, t) : 0.0f;
+    return;
+  }
+  alignas(64) uint16_t column[kStrip];
+  for (int64_t r = 0; r < kStrip; ++r) {
+    column[r] = 0;
+    if (r < valid) std::memcpy(column + r, p + 2 * r * stride, 2);
+  }
+  for (int64_t h = 0; h < kStrip; h += S::kLanes)
+    S::store(out + h, t == DType::kF16 ? S::load_f16(column + h) : S::load_bf16(column + h));
+}
+
+// panel[k][0, 2 lanes) = w[n .. n + valid)[k0 + k] for k < depth (k0 a multiple of kPanelDepth), zeros for rows that do not
+// exist. Up to 31 more k may be written.
 template <Format kFormat>
 void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, int64_t depth, float* panel) noexcept {
   using S = Simd;
   using B = Block<kFormat>;
-  constexpr int kStrip = 2 * S::kLanes;
   alignas(64) float scale[(S::kPanelDepth + 1) * kStrip];
   alignas(64) float offset[(S::kPanelDepth + 1) * kStrip];
   const int64_t g0 = k0 / w.group_size, g1 = (k0 + depth - 1) / w.group_size + 1;
-  const int64_t scale_bytes = dtype_bytes(w.scale_dtype), zero_bytes = dtype_bytes(w.zero_dtype);
+  const bool has_offset = segment_has_offset(w);
   for (int64_t g = g0; g < g1; ++g) {
     float* s = scale + (g - g0) * kStrip;
     float* o = offset + (g - g0) * kStrip;
-    for (int r = 0; r < kStrip; ++r) {
-      const int64_t i = (n + r) * w.row_groups + g;
-      s[r] = r < valid ? load_one(w.scales + i * scale_bytes, w.scale_dtype) : 0.0f;
-      o[r] = w.zero_kind == ZeroKind::kFixed ? format_fixed_zero(kFormat)
-             : r < valid                     ? load_one(w.zeros + i * zero_bytes, w.zero_dtype)
-                                             : 0.0f;
-    }
-    for (int h = 0; h < 2; ++h) {
-      float* p = o + h * S::kLanes;
-      S::store(p, group_offset(w.zero_kind, float(B::kCentre), S::load(s + h * S::kLanes), S::load(p)));
+    const int64_t i = n * w.row_groups + g;
+    load_column(w.scales + i * dtype_bytes(w.scale_dtype), w.scale_dtype, w.row_groups, valid, s);
+    if (w.zero_kind != ZeroKind::kFixed)
+      load_column(w.zeros + i * dtype_bytes(w.zero_dtype), w.zero_dtype, w.row_groups, valid, o);
+    for (int h = 0; h < kStrip; h += S::kLanes) {
+      const S::Float zero = w.zero_kind == ZeroKind::kFixed ? S::set1(format_fixed_zero(kFormat)) : S::load(o + h);
+      S::store(o + h, has_offset ? group_offset(w.zero_kind, float(B::kCentre), S::load(s + h), zero) : S::zero());
     }
   }
   const typename B::Constants* constants = B::constants();
@@ -263,7 +276,7 @@ void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, 
         }
         const uint8_t* p = w.codes + (n + first + r) * w.row_bytes + (k0 + k) / 8 * B::kBits;
         v[r] = B::load(p, w.codes_end - p).low;
-        _mm_prefetch(reinterpret_cast<const char*>(p + S::kPanelDepth / 8 * B::kBits), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(p + kStrip * w.row_bytes), _MM_HINT_T0);  // the next strip
       }
       S::transpose(v);
       if (!groups_end_in_lanes) {
@@ -294,37 +307,35 @@ void decode_panel(const WeightSegment& w, int64_t n, int64_t valid, int64_t k0, 
   }
 }
 
-template <Format kFormat>
+using DecodeFunction = void (*)(const WeightSegment&, int64_t, int64_t, int64_t, int64_t, float*) noexcept;
+constexpr DecodeFunction kDecodePanel[] = {
+#define SB_FORMAT(id, name, bits, levels, fixed_zero) decode_panel<Format::id>,
+#include "subbyte/formats/formats.inc"
+#undef SB_FORMAT
+};
+
 void multiply_tiles_range(const WeightSegment& w, const LinearInput& in, const LinearOutput& out, int64_t n_begin,
                           int64_t n_end) noexcept {
   using S = Simd;
-  constexpr int kStrip = 2 * S::kLanes;
-  alignas(64) float panel[S::kPanelDepth * kStrip];
-  const int64_t tiles = ceil_div(in.m, S::kTileRows);
-  for (int64_t k = 0; k < w.k; k += S::kPanelDepth) {
-    const int64_t depth = min_i64(S::kPanelDepth, w.k - k);
-    const bool add = out.accumulate || k > 0, last = k + depth == w.k;
-    for (int64_t n = n_begin; n < n_end; n += kStrip) {
-      const int64_t columns = min_i64(kStrip, n_end - n);
-      decode_panel<kFormat>(w, n, columns, k, depth, panel);
-      const float* bias = last && out.bias != nullptr ? out.bias + n : nullptr;
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t m = tile_begin(in.m, t), height = tile_begin(in.m, t + 1) - m;
-        kTileFunctions[height](in.prepared + m * w.k + k * height, panel, depth, out.out + m * out.stride + n, out.stride,
-                               columns, add, bias);
+  alignas(64) float panel[(S::kPanelDepth + 32) * kStrip];
+  const DecodeFunction decode = kDecodePanel[int(w.format)];
+  for_row_blocks(in.m, out.m_begin, out.m_end, [&](int64_t tile_first, int64_t tile_last) {
+    for (int64_t k = 0; k < w.k; k += S::kPanelDepth) {
+      const int64_t depth = min_i64(S::kPanelDepth, w.k - k);
+      const TileProduct product{in.prepared + k * in.m, in.m, depth, out.out, out.stride, out.accumulate || k > 0};
+      const float* bias = k + depth == w.k ? out.bias : nullptr;
+      for (int64_t n = n_begin; n < n_end; n += kStrip) {
+        const int64_t columns = min_i64(kStrip, n_end - n);
+        decode(w, n, columns, k, depth, panel);
+        multiply_strip(product, tile_first, tile_last, panel, n, columns, bias);
       }
     }
-  }
+  });
 }
 
 using RangeFunction = void (*)(const WeightSegment&, const LinearInput&, const LinearOutput&, int64_t, int64_t) noexcept;
 constexpr RangeFunction kRowsRange[] = {
 #define SB_FORMAT(id, name, bits, levels, fixed_zero) multiply_rows_range<Format::id>,
-#include "subbyte/formats/formats.inc"
-#undef SB_FORMAT
-};
-constexpr RangeFunction kTilesRange[] = {
-#define SB_FORMAT(id, name, bits, levels, fixed_zero) multiply_tiles_range<Format::id>,
 #include "subbyte/formats/formats.inc"
 #undef SB_FORMAT
 };

@@ -38,7 +38,8 @@ constexpr ByteIndex byte_index(int pair, int odd) {
 struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 14;     // 14x32: 28 sums, 2 vectors of weights, 1 broadcast of 32 registers
-  static constexpr int kPanelDepth = 512;  // one block of 1-bit codes
+  static constexpr int kPanelDepth = 256;  // 32 KiB: two thirds of L1
+  static constexpr int kRowBlock = 384;  // 384 KiB of x beside the weight's codes in L2 (1 MiB on Zen 4, 2 on Sapphire Rapids)
   using Float = __m512;
   using Int = __m512i;
 
@@ -63,6 +64,15 @@ struct Simd {
   }
   SB_INLINE Float gather(const float* p, const int32_t* index) { return _mm512_i32gather_ps(_mm512_loadu_si512(index), p, 4); }
   SB_INLINE Int zero_int() { return _mm512_setzero_si512(); }
+  SB_INLINE Int as_int(Float v) { return _mm512_castps_si512(v); }
+  SB_INLINE Float as_float(Int v) { return _mm512_castsi512_ps(v); }
+  SB_INLINE Int load_int(const void* p) { return _mm512_loadu_si512(p); }
+  // 16 bytes at p, of which each lane picks its own and shifts them down.
+  static constexpr int kSpreadBytes = 16;
+  SB_INLINE Int spread(const uint8_t* p, Int index, Int shift) {
+    const Int v = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_srlv_epi32(_mm512_shuffle_epi8(v, index), shift);
+  }
   template <int kShift>
   SB_INLINE Int shift_right(Int v) {
     return _mm512_srli_epi32(v, kShift);
@@ -119,6 +129,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 6;      // 6x16: 12 sums, 2 vectors of weights, 1 broadcast of 16 registers
   static constexpr int kPanelDepth = 256;  // 16 KiB: half of L1
+  static constexpr int kRowBlock = 192;    // 192 KiB of x, less than half of L2 on Zen 3
   using Float = __m256;
   using Int = __m256i;
 
@@ -151,6 +162,16 @@ struct Simd {
     return _mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
   }
   SB_INLINE Int zero_int() { return _mm256_setzero_si256(); }
+  SB_INLINE Int as_int(Float v) { return _mm256_castps_si256(v); }
+  SB_INLINE Float as_float(Int v) { return _mm256_castsi256_ps(v); }
+  SB_INLINE Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  // 8 bytes at p, of which each lane picks its own and shifts them down.
+  static constexpr int kSpreadBytes = 8;
+  SB_INLINE Int spread(const uint8_t* p, Int index, Int shift) {
+    int64_t bytes;
+    std::memcpy(&bytes, p, 8);
+    return _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_set1_epi64x(bytes), index), shift);
+  }
   template <int kShift>
   SB_INLINE Int shift_right(Int v) {
     return _mm256_srli_epi32(v, kShift);
@@ -327,87 +348,6 @@ SB_INLINE void convert_floats(const uint8_t* x, DType t, const int32_t* perm, in
   }
   for (; i < count; ++i) out[i] = load_one(x + (k + i) * bytes, t);
 }
-
-// First row of tile t (m for one past the last) when m rows are cut into ceil(m / kTileRows) tiles of nearly equal height.
-SB_INLINE int64_t tile_begin(int64_t m, int64_t t) { return t * m / ((m + Simd::kTileRows - 1) / Simd::kTileRows); }
-
-// Rows [m_begin, m_end) of the m rows of x into the order that tiles read, out [tiles][k][rows of the tile].
-[[maybe_unused]] void pack_tiles(const uint8_t* x, DType t, int64_t x_stride, const int32_t* perm, int64_t m, int64_t k_count,
-                                 float* out, int64_t m_begin, int64_t m_end) noexcept {
-  const int64_t tiles = ceil_div(m, Simd::kTileRows), bytes = dtype_bytes(t);
-  alignas(64) float natural[256];
-  int64_t tile = 0;
-  for (int64_t row = m_begin; row < m_end; ++row) {
-    while (tile + 1 < tiles && tile_begin(m, tile + 1) <= row) ++tile;
-    const int64_t first = tile_begin(m, tile), height = tile_begin(m, tile + 1) - first;
-    const uint8_t* from = x + row * x_stride * bytes;
-    float* to = out + first * k_count + (row - first);
-    for (int64_t k = 0; k < k_count; k += 256) {
-      const int64_t count = min_i64(256, k_count - k);
-      const float* src = natural;
-      if (t == DType::kF32 && perm == nullptr) src = reinterpret_cast<const float*>(from) + k;
-      else convert_floats(from, t, perm, k, count, natural);
-      for (int64_t i = 0; i < count; ++i) to[(k + i) * height] = src[i];
-    }
-  }
-}
-
-// c[r][0, 2 lanes) = (add ? c : 0) + sum_k a[k][r] panel[k][.] + bias, for kRows rows; `columns` of them are written.
-template <int kRows>
-void multiply_tile(const float* a, const float* panel, int64_t depth, float* c, int64_t c_stride, int64_t columns, bool add,
-                   const float* bias) noexcept {
-  using S = Simd;
-  constexpr int kLanes = S::kLanes;
-  S::Float sum[kRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = S::zero();
-  for (int64_t k = 0; k < depth; ++k) {
-    const S::Float b0 = S::load(panel), b1 = S::load(panel + kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const S::Float v = S::set1(a[r]);
-      sum[r][0] = S::fma(v, b0, sum[r][0]);
-      sum[r][1] = S::fma(v, b1, sum[r][1]);
-    }
-    a += kRows;
-    panel += 2 * kLanes;
-  }
-  if (columns == 2 * kLanes) [[likely]] {
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        float* p = c + r * c_stride + h * kLanes;
-        S::Float v = sum[r][h];
-        if (add) v = S::add(S::load(p), v);
-        if (bias != nullptr) v = S::add(v, S::load(bias + h * kLanes));
-        S::store(p, v);
-      }
-    return;
-  }
-  alignas(64) float row[2 * kLanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    S::store(row, sum[r][0]);
-    S::store(row + kLanes, sum[r][1]);
-    for (int64_t i = 0; i < columns; ++i) {
-      float v = add ? c[r * c_stride + i] + row[i] : row[i];
-      if (bias != nullptr) v += bias[i];
-      c[r * c_stride + i] = v;
-    }
-  }
-}
-
-using TileFunction = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool, const float*) noexcept;
-constexpr TileFunction kTileFunctions[] = {
-    nullptr,           multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,
-    multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
-#if defined(__AVX512F__)
-    multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>,
-    multiply_tile<11>, multiply_tile<12>, multiply_tile<13>, multiply_tile<14>,
-#endif
-};
-static_assert(sizeof(kTileFunctions) / sizeof(kTileFunctions[0]) == Simd::kTileRows + 1);
 
 }  // namespace
 }  // namespace subbyte

@@ -11,14 +11,12 @@ namespace subbyte {
 
 enum class GradInputForm : uint8_t {
   kRows,       // few rows of gy: multiples of decoded weight rows are added up
-  kTile,       // many rows: blocks of columns are decoded to a float32 panel, then multiplied by a register tile
+  kTile,       // many rows: strips of columns are decoded to a float32 panel, then multiplied by a register tile
   kReference,  // linear_grad_input_columns: any dtype, mixed width as a whole
 };
 
 // Weight rows whose sum is kept apart by kRows: bounds the chains of additions and gives threads work.
 inline constexpr int64_t kGradInputChunk = 512;
-// Fields of a block that a unit of kTile decodes at most.
-inline constexpr int64_t kGradInputFields = 8;
 
 struct GradInputTask {
   WeightSegment w;
@@ -26,22 +24,22 @@ struct GradInputTask {
   DType dtype = DType::kF32;
   int64_t m = 0;
   int64_t gy_stride = 0;
-  // kRows: gy as float32 [M][gy_float_stride]; kTile: [tiles][N][rows of the tile].
+  // kRows: gy as float32 [M][gy_float_stride]; kTile: [blocks of N][tiles][rows of the block][rows of the tile].
   float* prepared = nullptr;
   const float* gy_float = nullptr;
   int64_t gy_float_stride = 0;
-  // In the order of the fields of each block: the column's group, counted from the block's first group. Null when no group
-  // ends inside a block.
+  // kRows. In the order of the fields of each block: the column's group, counted from the block's first group. Null when no
+  // group ends inside a block.
   int32_t* group_map = nullptr;
-  // kRows: sums of each chunk [chunks][M][k_padded], on return in stored column order. kTile: [M][k_padded].
-  float* sums = nullptr;
+  float* sums = nullptr;  // sums of each chunk [chunks][M][k_padded], on return in stored column order
   int64_t k_padded = 0;
-  float* group_sums = nullptr;  // kRows with offsets: [chunks][spans][M][group_stride]
+  float* group_sums = nullptr;  // with offsets: [chunks][spans][M][group_stride]
   int64_t group_stride = 0;
-  int64_t span_blocks = 0;  // kRows: blocks of columns of a unit
-  void* gx = nullptr;       // kTile: written by the kernel, columns perm[k_begin + k] or k_begin + k
-  int64_t gx_stride = 0;
-  const int32_t* perm = nullptr;
+  int64_t span_blocks = 0;  // blocks of columns of a unit
+  // kTile: out[m, k] for rows [m_begin, m_end), the first rows of tiles (../linear/tile_grid.h) or M, k the segment's column.
+  float* out = nullptr;
+  int64_t out_stride = 0;
+  int64_t m_begin = 0, m_end = 0;
 };
 
 struct GradInputKernel {
@@ -49,10 +47,11 @@ struct GradInputKernel {
   Isa isa;
   GradInputForm form;
   int lanes;
+  int tile_rows;  // kTile: rows of gy in a tile
   int64_t max_m;
-  // Rows [m_begin, m_end) of the prepared gy.
+  // Rows [m_begin, m_end) of the prepared gy; kTile: the tiles that begin there.
   void (*prepare)(const GradInputTask& task, int64_t m_begin, int64_t m_end) noexcept;
-  // kRows: unit = chunk * spans + span. kTile: unit = block * ceil(fields / kGradInputFields) + part.
+  // kRows: unit = chunk * spans + span. kTile: a unit is a strip of 2 * lanes columns.
   void (*multiply)(const GradInputTask& task, int64_t unit_begin, int64_t unit_end) noexcept;
 };
 
@@ -65,7 +64,7 @@ bool linear_grad_input_kernel_serves(const GradInputKernel& kernel, Format forma
 const GradInputKernel& select_linear_grad_input_kernel(int64_t m, Format format, int64_t group_size, int64_t k, DType dtype,
                                                        Isa isa);
 
-#define SB_GRAD_INPUT_KERNEL(name, isa, form, lanes, max_m)                                \
+#define SB_GRAD_INPUT_KERNEL(name, isa, form, lanes, tile_rows, max_m)                     \
   void name##_prepare(const GradInputTask& task, int64_t m_begin, int64_t m_end) noexcept; \
   void name##_multiply(const GradInputTask& task, int64_t unit_begin, int64_t unit_end) noexcept;
 #include "subbyte/ops/linear_grad_input/kernels.inc"

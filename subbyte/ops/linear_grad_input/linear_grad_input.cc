@@ -5,17 +5,18 @@
 
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
+#include "subbyte/ops/linear/tile_grid.h"
 #include "subbyte/ops/linear_grad_input/kernels.h"
 
 namespace subbyte {
 namespace {
 
 constexpr GradInputKernel kTable[] = {
-#define SB_GRAD_INPUT_KERNEL(name, isa, form, lanes, max_m) \
-  {#name, Isa::isa, GradInputForm::form, lanes, max_m, name##_prepare, name##_multiply},
+#define SB_GRAD_INPUT_KERNEL(name, isa, form, lanes, tile_rows, max_m) \
+  {#name, Isa::isa, GradInputForm::form, lanes, tile_rows, max_m, name##_prepare, name##_multiply},
 #include "subbyte/ops/linear_grad_input/kernels.inc"
 #undef SB_GRAD_INPUT_KERNEL
-    {"linear_grad_input_reference", Isa::kScalar, GradInputForm::kReference, 1, std::numeric_limits<int64_t>::max(), nullptr,
+    {"linear_grad_input_reference", Isa::kScalar, GradInputForm::kReference, 1, 1, std::numeric_limits<int64_t>::max(), nullptr,
      nullptr},
 };
 
@@ -31,6 +32,7 @@ struct SegmentPlan {
   int64_t block = 0, blocks = 0, fields = 0;  // codes of a block, blocks of the segment, codes of a lane
   int64_t chunks = 0, span_blocks = 0, spans = 0, group_stride = 0;
   int64_t units = 0;
+  TileGrid grid;
   int64_t group_map = -1, sums = -1, group_sums = -1;  // places in the workspace in floats, -1: not there
 };
 
@@ -60,13 +62,13 @@ Plan make_plan(const LinearGradInputParams& p, Isa isa) {
     q.fields = lane_codes(format_bits(s.format));
     q.block = q.kernel->lanes * q.fields;
     q.blocks = ceil_div(s.k_count, q.block);
-    if (s.k_count > p.w.group_size && p.w.group_size % q.block != 0) q.group_map = take(q.blocks * q.block);
     if (q.kernel->form == GradInputForm::kTile) {
-      q.units = q.blocks * ceil_div(q.fields, kGradInputFields);
-      q.sums = take(p.m * q.blocks * q.block);
+      q.grid = TileGrid::make(p.m, q.kernel->tile_rows, ceil_div(s.k_count, 2 * q.kernel->lanes));
+      if (p.dtype != DType::kF32 || p.w.perm != nullptr) q.sums = take(p.m * s.k_count);
       if (plan.gy_tiles < 0) plan.gy_tiles = take(p.m * p.w.n);
       continue;
     }
+    if (s.k_count > p.w.group_size && p.w.group_size % q.block != 0) q.group_map = take(q.blocks * q.block);
     q.chunks = ceil_div(p.w.n, kGradInputChunk);
     q.span_blocks = max_i64(1, kSpanColumns / (p.m * q.block));
     q.spans = ceil_div(q.blocks, q.span_blocks);
@@ -91,6 +93,38 @@ void fill_group_map(const SegmentPlan& q, const WeightSegment& w, int64_t lanes,
         map[b * q.block + j * lanes + lane] = int32_t(g - first);
       }
   }
+}
+
+// gx[m, column of stored k ... k + count) = from, rounded.
+void store_columns(const LinearGradInputParams& p, int64_t m, int64_t k, int64_t count, const float* from) {
+  const int64_t at = m * p.gx_stride;
+  if (p.w.perm != nullptr) {
+    for (int64_t j = 0; j < count; ++j) store_float(p.gx, p.dtype, at + p.w.perm[k + j], from[j]);
+  } else if (p.dtype == DType::kF32) {
+    for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.gx)[at + k + j] = from[j];
+  } else {
+    for (int64_t j = 0; j < count; ++j) store_float(p.gx, p.dtype, at + k + j, from[j]);
+  }
+}
+
+// One segment by its tile kernel: into gx where that is float32 in stored order, else through the workspace.
+void multiply_tiles(const LinearGradInputParams& p, const SegmentPlan& q, const GradInputTask& segment) {
+  const bool direct = segment.sums == nullptr;
+  const int64_t strip = 2 * q.kernel->lanes, k_count = segment.w.k;
+  const int64_t unit_work = max_i64(1, strip * p.m * p.w.n / q.grid.parts);
+  parallel_for(q.grid.units(), max_i64(1, kMinChunkWork / unit_work), [&](int64_t begin, int64_t end) {
+    q.grid.rectangles(begin, end, [&](int64_t strip_begin, int64_t strip_end, int64_t m_begin, int64_t m_end) {
+      GradInputTask task = segment;
+      task.out = direct ? static_cast<float*>(p.gx) + task.w.k_begin : task.sums;
+      task.out_stride = direct ? p.gx_stride : k_count;
+      task.m_begin = m_begin;
+      task.m_end = m_end;
+      q.kernel->multiply(task, strip_begin, strip_end);
+      const int64_t k = strip_begin * strip, count = min_i64(strip_end * strip, k_count) - k;
+      for (int64_t m = m_begin; m < m_end && !direct; ++m)
+        store_columns(p, m, task.w.k_begin + k, count, task.sums + m * k_count + k);
+    });
+  });
 }
 
 }  // namespace
@@ -145,11 +179,8 @@ void linear_grad_input(const LinearGradInputParams& p) {
     task.dtype = p.dtype;
     task.m = p.m;
     task.gy_stride = p.gy_stride;
-    task.gx = p.gx;
-    task.gx_stride = p.gx_stride;
-    task.perm = p.w.perm;
     task.k_padded = q.blocks * q.block;
-    task.sums = workspace + q.sums;
+    if (q.sums >= 0) task.sums = workspace + q.sums;
     task.span_blocks = q.span_blocks;
     task.group_stride = q.group_stride;
     if (q.group_sums >= 0) task.group_sums = workspace + q.group_sums;
@@ -170,10 +201,13 @@ void linear_grad_input(const LinearGradInputParams& p) {
       parallel_for(p.m, max_i64(1, kMinChunkWork / p.w.n),
                    [&](int64_t begin, int64_t end) { q.kernel->prepare(task, begin, end); });
     ready = true;
+    if (tile) {
+      multiply_tiles(p, q, task);
+      continue;
+    }
     const int64_t unit_work = max_i64(1, p.m * p.w.n * task.w.k / q.units);
     parallel_for(q.units, max_i64(1, kMinChunkWork / unit_work),
                  [&](int64_t begin, int64_t end) { q.kernel->multiply(task, begin, end); });
-    if (tile) continue;
     // The chunks of weight rows in their order, rounded once.
     parallel_for(ceil_div(task.w.k, 256), max_i64(1, kMinChunkWork / 256 / (p.m * q.chunks)), [&](int64_t begin, int64_t end) {
       for (int64_t m = 0; m < p.m; ++m)
@@ -187,13 +221,7 @@ void linear_grad_input(const LinearGradInputParams& p) {
             else
               for (int64_t j = 0; j < count; ++j) sum[j] += from[j];
           }
-          const int64_t at = m * p.gx_stride, first = task.w.k_begin + k0;
-          if (p.dtype == DType::kF32 && p.w.perm == nullptr) {
-            for (int64_t j = 0; j < count; ++j) static_cast<float*>(p.gx)[at + first + j] = sum[j];
-          } else {
-            for (int64_t j = 0; j < count; ++j)
-              store_float(p.gx, p.dtype, at + (p.w.perm != nullptr ? p.w.perm[first + j] : first + j), sum[j]);
-          }
+          store_columns(p, m, task.w.k_begin + k0, count, sum);
         }
     });
   }

@@ -13,7 +13,7 @@ void linear_grad_input_f32_tile6x16_avx2_prepare(const GradInputTask& task, int6
   prepare_tiles(task, m_begin, m_end);
 }
 void linear_grad_input_f32_tile6x16_avx2_multiply(const GradInputTask& task, int64_t unit_begin, int64_t unit_end) noexcept {
-  kTilesUnits[int(task.w.format)](task, unit_begin, unit_end);
+  multiply_tiles_units(task, unit_begin, unit_end);
 }
 
 }  // namespace subbyte

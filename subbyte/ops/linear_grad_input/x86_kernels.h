@@ -2,17 +2,22 @@
 //
 // Rows (few rows of gy): gy[n] * scale times the decoded fields of row n is added to sums that stay in L1, in the order of the
 //   fields, so nothing is shuffled; kN rows at a time share one load and store of a sum. Limited by decoding.
-// Tile (many rows): the panel is [n][2 lanes] with columns in the order of the fields, so decoding needs no shuffle either;
-//   columns return to their order when gx is written. Limited by the multiply-add of the tile.
+// Tile (many rows): rows of the weight are decoded in column order, a line of codes of each (the lines of one column of blocks
+//   share cache sets, so none would survive until the next strip), to panels [n][2 lanes] of several strips that L2 holds. One
+//   function serves all widths: each lane picks its bytes and shifts. Decoding in the order of the fields takes a third fewer
+//   operations, but a block of 1-bit codes is then 256 or 512 columns wide, of which a narrow matrix fills half. The product:
+//   ../linear/x86_tile.h.
 #pragma once
 #include "subbyte/ops/linear/x86_simd.h"
+#include "subbyte/ops/linear/x86_tile.h"
 #include "subbyte/ops/linear_grad_input/kernels.h"
 
 namespace subbyte {
 namespace {
 
-constexpr int64_t kDepth = 256;     // weight rows of a panel
-constexpr int64_t kMaxSpan = 4096;  // columns of a unit of the rows kernel
+constexpr int64_t kDepth = Simd::kPanelDepth;  // weight rows of a panel
+constexpr int64_t kPanelColumns = 128;         // decoded at a time: 128 KiB
+constexpr int64_t kMaxSpan = 4096;             // columns of a unit of the rows kernel
 constexpr int64_t kMaxGroups = kMaxSpan / 4 + 2;
 
 void prepare_rows(const GradInputTask& task, int64_t m_begin, int64_t m_end) noexcept {
@@ -163,110 +168,111 @@ void multiply_rows_units(const GradInputTask& task, int64_t unit_begin, int64_t 
 
 // ---- many rows of gy ----
 
-// panel[j / 2][n - n0][j % 2] = fields j0 + j of block b of rows [n0, n0 + depth), j < count.
-template <Format kFormat, int kFirst, int kCount>
-void decode_panel(const GradInputTask& task, int64_t b, int64_t n0, int64_t depth, float* panel) noexcept {
+// Which bytes of 8 (AVX2) or 16 codes each lane takes, and how far it shifts them. A code lies in two bytes at most.
+struct SpreadTable {
+  alignas(64) uint8_t index[9][64];
+  alignas(64) int32_t shift[9][16];
+};
+constexpr SpreadTable make_spread_table() {
+  SpreadTable t{};
+  for (int bits = 1; bits <= 8; ++bits)
+    for (int lane = 0; lane < 16; ++lane) {
+      const int byte = lane * bits / 8;
+      t.shift[bits][lane] = lane * bits % 8;
+      for (int i = 0; i < 4; ++i) t.index[bits][4 * lane + i] = uint8_t(i < 2 ? byte + i : 0x80);
+    }
+  return t;
+}
+constexpr SpreadTable kSpreadTable = make_spread_table();
+
+// panel[strip][n - n0][2 lanes] = w[n][k0 ...] for rows [n0, n0 + depth) and `strips` strips of columns of the segment. Columns
+// beyond the segment get values without meaning.
+void decode_strips(const WeightSegment& w, int64_t k0, int64_t strips, int64_t n0, int64_t depth, float* panel) noexcept {
   using S = Simd;
-  using B = Block<kFormat>;
-  const WeightSegment& w = task.w;
-  const int64_t g0 = b * B::kCodes / w.group_size, g1 = min_i64(((b + 1) * B::kCodes - 1) / w.group_size + 1, w.groups);
+  constexpr int64_t kVectors = kPanelColumns / S::kLanes;
+  const int bits = format_bits(w.format), centre = format_centre(w.format);
+  const int64_t vectors = 2 * strips, vector_bytes = S::kLanes * bits / 8;
+  const int64_t read_bytes = (vectors - 1) * vector_bytes + S::kSpreadBytes;
+  const S::Int index = S::load_int(kSpreadTable.index[bits]), shift = S::load_int(kSpreadTable.shift[bits]);
+  const uint32_t mask = (1u << bits) - 1u, magic = uint32_t(127 + 23) << 23;
+  const float bias = 0x1p23f + float(centre);
+  const bool has_offset = segment_has_offset(w);
   const int64_t scale_bytes = dtype_bytes(w.scale_dtype), zero_bytes = dtype_bytes(w.zero_dtype);
-  const int32_t* map = task.group_map != nullptr ? task.group_map + b * B::kCodes : nullptr;
-  const bool groups_end_in_lanes = w.groups > 1 && w.group_size % B::kFields != 0;
-  alignas(64) float scales[B::kCodes + S::kLanes], offsets[B::kCodes + S::kLanes];
-  const typename B::Constants* constants = B::constants();
+
+  // The group of each column, counted from the first one's; a vector mostly lies in one group.
+  const int64_t g0 = k0 / w.group_size, g1 = min_i64((k0 + vectors * S::kLanes - 1) / w.group_size + 1, w.groups);
+  alignas(64) int32_t group[kPanelColumns];
+  bool vectors_cross_groups = false;
+  for (int64_t i = 0; i < vectors * S::kLanes; ++i) {
+    group[i] = int32_t(min_i64((k0 + i) / w.group_size, w.groups - 1) - g0);
+    vectors_cross_groups |= group[i] != group[i / S::kLanes * S::kLanes];
+  }
+  alignas(64) float scales[kPanelColumns + S::kLanes], offsets[kPanelColumns + S::kLanes];
+  alignas(64) uint8_t copy[kPanelColumns + 64];
   for (int64_t r = 0; r < depth; ++r) {
-    const int64_t n = n0 + r, index = n * w.row_groups + g0;
-    const uint8_t* p = w.codes + n * w.row_bytes + b * B::kBytes;
-    const B v = B::load(p, w.codes_end - p);
-    float* out = panel + r * 2 * S::kLanes;
-    if (groups_end_in_lanes) {
+    const int64_t n = n0 + r, first_group = n * w.row_groups + g0;
+    const uint8_t* p = w.codes + n * w.row_bytes + k0 / 8 * bits;
+    for (int64_t i = 0; i < read_bytes; i += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(p + 8 * w.row_bytes + i), _MM_HINT_T0);
+    if (w.codes_end - p < read_bytes) [[unlikely]] {
+      std::memset(copy, 0, sizeof(copy));
+      std::memcpy(copy, p, size_t(w.codes_end - p));
+      p = copy;
+    }
+    float* out = panel + r * kStrip;
+    const auto decode = [&](int64_t v) { return S::field(S::spread(p + v * vector_bytes, index, shift), mask, magic, bias); };
+    const auto place = [&](int64_t v) { return out + v / 2 * (kDepth * kStrip) + v % 2 * S::kLanes; };
+    if (vectors_cross_groups) [[unlikely]] {
       for (int64_t g = g0; g < g1; g += S::kLanes) {
         S::Float scale, offset;
         load_groups(w, n, g, g1 - g, scale, offset);
         S::store(scales + (g - g0), scale);
-        S::store(offsets + (g - g0), offset);
+        S::store(offsets + (g - g0), has_offset ? offset : S::zero());
       }
-#pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) {
-        const int32_t* at = map + (kFirst + j) * S::kLanes;
-        S::store(out + (j / 2) * kDepth * 2 * S::kLanes + j % 2 * S::kLanes,
-                 S::fma(v.field(kFirst + j, constants), S::gather(scales, at), S::gather(offsets, at)));
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int32_t* at = group + v * S::kLanes;
+        S::store(place(v), S::fma(decode(v), S::gather(scales, at), S::gather(offsets, at)));
       }
       continue;
     }
-    S::Float scale, offset;
-    if (map != nullptr) {
-      load_groups(w, n, g0, g1 - g0, scale, offset);
-      scale = S::permute(scale, map, 0);
-      offset = S::permute(offset, map, 0);
-    } else {
-      scale = S::set1(load_one(w.scales + index * scale_bytes, w.scale_dtype));
-      const float zero =
-          w.zero_kind == ZeroKind::kFixed ? format_fixed_zero(kFormat) : load_one(w.zeros + index * zero_bytes, w.zero_dtype);
-      offset = group_offset(w.zero_kind, float(B::kCentre), scale, S::set1(zero));
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kCount; ++j)
-      S::store(out + (j / 2) * kDepth * 2 * S::kLanes + j % 2 * S::kLanes,
-               S::fma(v.field(kFirst + j, constants), scale, offset));
-  }
-}
-
-// Columns of the block, fields [kFirst, kFirst + kCount), all rows of gy.
-template <Format kFormat, int kFirst, int kCount>
-void multiply_tiles_part(const GradInputTask& task, int64_t b) noexcept {
-  using S = Simd;
-  using B = Block<kFormat>;
-  const WeightSegment& w = task.w;
-  alignas(64) float panel[kDepth * kCount * S::kLanes];
-  const int64_t tiles = ceil_div(task.m, S::kTileRows);
-  float* sums = task.sums + b * B::kCodes + kFirst * S::kLanes;
-  for (int64_t n = 0; n < w.n; n += kDepth) {
-    const int64_t depth = min_i64(kDepth, w.n - n);
-    decode_panel<kFormat, kFirst, kCount>(task, b, n, depth, panel);
-    for (int64_t t = 0; t < tiles; ++t) {  // outside: a tile's gy stays in L1 over the strips, the panel in L2
-      const int64_t m = tile_begin(task.m, t), height = tile_begin(task.m, t + 1) - m;
-      for (int strip = 0; strip < kCount / 2; ++strip)
-        kTileFunctions[height](task.prepared + m * w.n + n * height, panel + strip * kDepth * 2 * S::kLanes, depth,
-                               sums + m * task.k_padded + strip * 2 * S::kLanes, task.k_padded, 2 * S::kLanes, n > 0, nullptr);
-    }
-  }
-  for (int64_t m = 0; m < task.m; ++m) {
-    const float* from = sums + m * task.k_padded;
-    for (int i = 0; i < S::kLanes; ++i)
-      for (int j = 0; j < kCount; ++j) {
-        const int64_t k = b * B::kCodes + i * B::kFields + kFirst + j;
-        if (k >= w.k) break;
-        const int64_t column = task.perm != nullptr ? task.perm[w.k_begin + k] : w.k_begin + k;
-        store_float(task.gx, task.dtype, m * task.gx_stride + column, from[j * S::kLanes + i]);
+    for (int64_t v = 0; v < vectors;) {
+      const int32_t g = group[v * S::kLanes];
+      const S::Float scale = S::set1(load_one(w.scales + (first_group + g) * scale_bytes, w.scale_dtype));
+      S::Float offset = S::zero();
+      if (has_offset) {
+        const float zero = w.zero_kind == ZeroKind::kFixed ? format_fixed_zero(w.format)
+                                                           : load_one(w.zeros + (first_group + g) * zero_bytes, w.zero_dtype);
+        offset = group_offset(w.zero_kind, float(centre), scale, S::set1(zero));
       }
-  }
-}
-
-template <Format kFormat>
-void multiply_tiles_units(const GradInputTask& task, int64_t unit_begin, int64_t unit_end) noexcept {
-  constexpr int kFields = Block<kFormat>::kFields, kCount = kFields < kGradInputFields ? kFields : int(kGradInputFields);
-  constexpr int kParts = kFields / kCount;
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t b = unit / kParts;
-    switch (unit % kParts) {
-      case 0: multiply_tiles_part<kFormat, 0, kCount>(task, b); break;
-      case 1: multiply_tiles_part<kFormat, (kParts > 1 ? kCount : 0), kCount>(task, b); break;
-      case 2: multiply_tiles_part<kFormat, (kParts > 2 ? 2 * kCount : 0), kCount>(task, b); break;
-      default: multiply_tiles_part<kFormat, (kParts > 3 ? 3 * kCount : 0), kCount>(task, b); break;
+      for (; v < vectors && group[v * S::kLanes] == g; ++v) S::store(place(v), S::fma(decode(v), scale, offset));
     }
   }
+  static_assert(kVectors * S::kLanes == kPanelColumns);
+}
+
+void multiply_tiles_units(const GradInputTask& task, int64_t unit_begin, int64_t unit_end) noexcept {
+  constexpr int64_t kStrips = kPanelColumns / kStrip;
+  const WeightSegment& w = task.w;
+  alignas(64) float panel[kStrips * kDepth * kStrip];
+  for_row_blocks(task.m, task.m_begin, task.m_end, [&](int64_t tile_first, int64_t tile_last) {
+    for (int64_t n = 0; n < w.n; n += kDepth) {
+      const int64_t depth = min_i64(kDepth, w.n - n);
+      const TileProduct product{task.prepared + n * task.m, task.m, depth, task.out, task.out_stride, n > 0};
+      for (int64_t unit = unit_begin; unit < unit_end; unit += kStrips) {
+        const int64_t strips = min_i64(kStrips, unit_end - unit);
+        decode_strips(w, unit * kStrip, strips, n, depth, panel);
+        for (int64_t s = 0; s < strips; ++s) {
+          const int64_t k = (unit + s) * kStrip;
+          multiply_strip(product, tile_first, tile_last, panel + s * kDepth * kStrip, k, min_i64(kStrip, w.k - k), nullptr);
+        }
+      }
+    }
+  });
 }
 
 using UnitsFunction = void (*)(const GradInputTask&, int64_t, int64_t) noexcept;
 constexpr UnitsFunction kRowsUnits[] = {
 #define SB_FORMAT(id, name, bits, levels, fixed_zero) multiply_rows_units<Format::id>,
-#include "subbyte/formats/formats.inc"
-#undef SB_FORMAT
-};
-constexpr UnitsFunction kTilesUnits[] = {
-#define SB_FORMAT(id, name, bits, levels, fixed_zero) multiply_tiles_units<Format::id>,
 #include "subbyte/formats/formats.inc"
 #undef SB_FORMAT
 };
