@@ -8,9 +8,10 @@
 #include <string_view>
 #include <tuple>
 
-#include "subbyte_torch/ops/mpq.h"        // IWYU pragma: export
-#include "subbyte_torch/ops/quantized.h"  // IWYU pragma: export
-#include "subbyte_torch/ops/relayout.h"   // IWYU pragma: export
+#include "subbyte_torch/ops/mpq.h"            // IWYU pragma: export
+#include "subbyte_torch/ops/packed_update.h"  // IWYU pragma: export
+#include "subbyte_torch/ops/quantized.h"      // IWYU pragma: export
+#include "subbyte_torch/ops/relayout.h"       // IWYU pragma: export
 #include "subbyte_torch/packed_args.h"
 
 namespace subbyte::ops {

@@ -1,8 +1,9 @@
 // Everything a C++ program needs of the LibTorch layer.
 #pragma once
-#include "subbyte_torch/nn/embedding.h"   // IWYU pragma: export
-#include "subbyte_torch/nn/linear.h"      // IWYU pragma: export
-#include "subbyte_torch/nn/quantize.h"    // IWYU pragma: export
-#include "subbyte_torch/ops.h"            // IWYU pragma: export
-#include "subbyte_torch/packed_weight.h"  // IWYU pragma: export
-#include "subbyte_torch/version.h"        // IWYU pragma: export
+#include "subbyte_torch/nn/embedding.h"        // IWYU pragma: export
+#include "subbyte_torch/nn/linear.h"           // IWYU pragma: export
+#include "subbyte_torch/nn/quantize.h"         // IWYU pragma: export
+#include "subbyte_torch/ops.h"                 // IWYU pragma: export
+#include "subbyte_torch/optim/packed_adamw.h"  // IWYU pragma: export
+#include "subbyte_torch/packed_weight.h"       // IWYU pragma: export
+#include "subbyte_torch/version.h"             // IWYU pragma: export

@@ -12,7 +12,7 @@ from ._library import info  # noqa: E402
 _library.load()
 __version__ = info()["version"]
 
-from . import distributed, functional, mpq, nn  # noqa: E402
+from . import distributed, functional, mpq, nn, optim  # noqa: E402
 from .checkpoint import FormatError, TensorFile, load, load_weights_, save  # noqa: E402
 from .conversion import LayerReport, QuantizeReport, quantize_  # noqa: E402
 from .doctor import doctor  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "model_from_gguf",
     "mpq",
     "nn",
+    "optim",
     "quantize_",
     "save",
     "set_rounding_generator",
