@@ -316,7 +316,7 @@ def test_C2_conv2d_is_a_convolution_and_all_gradients(
 
 
 def samples(device):
-    x, z, w = draw(2, 3, 8, device=device, grad=True), draw(4, 8, device=device, grad=True), draw(5, 8, device=device, grad=True)
+    x, z, w = (draw(*shape, device=device, grad=True) for shape in ((2, 3, 8), (4, 8), (5, 8)))
     s, t = scalar(0.3, device, grad=True), scalar(0.2, device, grad=True)
     image, kernel = draw(2, 4, 5, 5, device=device, grad=True), draw(6, 2, 3, 3, device=device, grad=True)
     shift, bias = draw(8, device=device, grad=True), draw(5, device=device, grad=True)
@@ -391,7 +391,7 @@ def test_bad_arguments_are_named():
         (lambda: ops.quantized_linear(x, w, None, bad, s), "the steps are nan"),
         (lambda: ops.quantized_conv2d(x, w, None, s, s, None, None, [1, 1]), "x has 2 dimensions"),
         (lambda: ops.quantized_conv2d(draw(1, 2, 3, 3), draw(2, 2, 4, 4), None, s, s, None, None, [4, 4]), "is larger than x"),
-        (lambda: ops.quantized_conv2d(draw(1, 3, 3, 3), draw(2, 1, 1, 1), None, s, s, None, None, [1, 1], groups=2), "groups is 2"),
+        (lambda: ops.quantized_conv2d(draw(1, 3, 3, 3), codes, None, s, s, None, None, [1, 1], groups=2), "groups is 2"),
     ]
     for call, text in cases:
         with pytest.raises(ValueError) as error:
