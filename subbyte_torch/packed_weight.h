@@ -5,7 +5,7 @@
 #include <optional>
 #include <string>
 
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
 namespace {

@@ -14,9 +14,9 @@
 #endif
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/affine_gradient.h"
 #include "subbyte_torch/ops/gradient_mode.h"
+#include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
 namespace {

@@ -11,8 +11,8 @@
 #include <torch/library.h>
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/gradient_mode.h"
+#include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
 namespace {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
 namespace {

@@ -17,8 +17,9 @@
 #endif
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/gradient_mode.h"
+#include "subbyte_torch/ops/packed.h"
+#include "subbyte_torch/ops/quantized.h"
 #include "subbyte_torch/ops/quantized_product.h"
 #include "subbyte_torch/ops/step_gradient.h"
 

@@ -8,7 +8,8 @@
 
 #include "subbyte/io/foreign_layout.h"
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed.h"
+#include "subbyte_torch/ops/relayout.h"
 
 namespace subbyte {
 namespace {

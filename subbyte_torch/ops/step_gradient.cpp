@@ -12,7 +12,8 @@
 #include <cmath>
 #include <string>
 
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed.h"
+#include "subbyte_torch/ops/quantized.h"
 
 namespace subbyte {
 namespace {
