@@ -176,7 +176,7 @@ class PackedWeight(torch.Tensor):
     @property
     def nbytes(self):
         """Bytes of all parts."""
-        return sum(part.nbytes for part in self.parts.values())
+        return sum(part.numel() * part.element_size() for part in self.parts.values())  # nbytes refuses symbolic sizes
 
     @property
     def bits_per_weight(self):
@@ -198,7 +198,8 @@ class PackedWeight(torch.Tensor):
         text = (
             f"PackedWeight({list(self.shape)}, format='{self.format}', group_size={self.group_size}, {kind}, "
             f"scales={str(self.scales.dtype)[6:]}, dtype={str(self.dtype)[6:]}, device='{self.device}', "
-            f"{self.bits_per_weight:.4g} bits per weight, {self.nbytes} bytes"
+            # While the compiler traces, sizes are symbols.
+            + (f"{self.bits_per_weight:.4g} bits per weight, {self.nbytes} bytes" if type(self.nbytes) is int else "traced")
         )
         return (
             text

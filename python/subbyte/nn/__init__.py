@@ -2,5 +2,16 @@
 
 from .packed import Embedding, Linear
 from .quantized import QuantizedAttention, QuantizedConv2d, QuantizedLinear, QuantizedMatmul
+from .ternary import BitLinear, MultiTernaryLinear, convert_linear_to_bitlinear
 
-__all__ = ["Embedding", "Linear", "QuantizedAttention", "QuantizedConv2d", "QuantizedLinear", "QuantizedMatmul"]
+__all__ = [
+    "BitLinear",
+    "Embedding",
+    "Linear",
+    "MultiTernaryLinear",
+    "QuantizedAttention",
+    "QuantizedConv2d",
+    "QuantizedLinear",
+    "QuantizedMatmul",
+    "convert_linear_to_bitlinear",
+]

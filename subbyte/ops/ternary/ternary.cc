@@ -11,31 +11,61 @@
 namespace subbyte {
 namespace {
 
-// One greedy step over `count` residuals: trits out, residual updated, gamma returned.
-float ternarize(float* residual, int64_t count, TernaryMethod method, float threshold, int8_t* trits) {
+// Sums run over this many interleaved double accumulators, which the compiler keeps in vector registers.
+constexpr int64_t kLanes = 8;
+
+double folded(const double* lanes) {
+  double sum = 0;
+  for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+double sum_of_magnitudes(const float* r, int64_t k) {
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += double(std::fabs(r[i + j]));
+  for (; i < k; ++i) lanes[i % kLanes] += double(std::fabs(r[i]));
+  return folded(lanes);
+}
+
+struct Kept {
   double magnitude = 0;
-  for (int64_t i = 0; i < count; ++i) magnitude += std::fabs(double(residual[i]));
-  const double mean = count > 0 ? magnitude / double(count) : 0.0;
-  float gamma = 0;
+  int64_t count = 0;
+};
+
+// Trits of a row under a mean magnitude, and what the threshold keeps of it.
+Kept write_trits(const float* r, int64_t k, TernaryMethod method, double mean, float threshold, int8_t* trits) {
   if (method == TernaryMethod::kAbsMean) {
-    gamma = float(mean);
-    for (int64_t i = 0; i < count; ++i)
-      trits[i] = gamma > 0 ? int8_t(std::fmin(std::fmax(std::rint(residual[i] / gamma), -1.0f), 1.0f)) : int8_t(0);
-  } else {
-    const double limit = double(threshold) * mean;
-    double kept = 0;
-    int64_t kept_count = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const double a = std::fabs(double(residual[i]));
-      const bool keep = a > limit;
-      trits[i] = keep ? (residual[i] > 0 ? int8_t(1) : int8_t(-1)) : int8_t(0);
-      kept += keep ? a : 0.0;
-      kept_count += keep;
+    // clamp(rint(q), -1, 1) with ties to even is 0 up to |q| = 1/2.
+    const float gamma = float(mean);
+    for (int64_t i = 0; i < k; ++i) {
+      const float q = gamma > 0 ? r[i] / gamma : 0.0f;
+      trits[i] = int8_t(int(q > 0.5f) - int(q < -0.5f));
     }
-    gamma = kept_count > 0 ? float(kept / double(kept_count)) : 0.0f;
+    return {};
   }
-  for (int64_t i = 0; i < count; ++i) residual[i] -= gamma * float(trits[i]);
-  return gamma;
+  const double limit = double(threshold) * mean;
+  double lanes[kLanes] = {};
+  Kept kept;
+  for (int64_t i = 0; i < k; ++i) {
+    const double a = double(std::fabs(r[i]));
+    const bool keep = a > limit;
+    trits[i] = int8_t(int(keep && r[i] > 0) - int(keep && r[i] < 0));
+    lanes[i % kLanes] += keep ? a : 0.0;
+    kept.count += keep;
+  }
+  kept.magnitude = folded(lanes);
+  return kept;
+}
+
+float scale_of(TernaryMethod method, double mean, Kept kept) {
+  if (method == TernaryMethod::kAbsMean) return float(mean);
+  return kept.count > 0 ? float(kept.magnitude / double(kept.count)) : 0.0f;
+}
+
+void subtract(float* r, int64_t k, float gamma, const int8_t* trits) {
+  for (int64_t i = 0; i < k; ++i) r[i] -= gamma * float(trits[i]);
 }
 
 }  // namespace
@@ -55,26 +85,70 @@ void ternary_decompose(const TernaryDecomposeParams& p) {
   if (p.n == 0) return;
   check_arg(p.gamma != nullptr && (p.k == 0 || (p.w != nullptr && p.trits != nullptr)),
             "ternary_decompose: w, trits or gamma are missing");
+  const int64_t grain = max_i64(1, 16384 / max_i64(1, p.k));
+  auto read_row = [&p](int64_t n, float* row) {
+    for (int64_t k = 0; k < p.k; ++k) row[k] = load_float(p.w, p.dtype, n * p.w_stride + k);
+  };
+  auto for_rows = [&](auto&& f) {
+    parallel_for(p.n, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(static_cast<size_t>(p.k));
+      for (int64_t n = begin; n < end; ++n) f(n, row.data());
+    });
+  };
+  // Finite values have a finite sum in double, so one number a row says whether to look for a culprit.
+  std::vector<double> magnitudes(static_cast<size_t>(p.n));
+  for_rows([&](int64_t n, float* row) {
+    read_row(n, row);
+    magnitudes[size_t(n)] = sum_of_magnitudes(row, p.k);
+  });
   for (int64_t n = 0; n < p.n; ++n)
-    for (int64_t k = 0; k < p.k; ++k) {
+    for (int64_t k = 0; k < p.k && !std::isfinite(magnitudes[size_t(n)]); ++k) {
       const float v = load_float(p.w, p.dtype, n * p.w_stride + k);
       check_arg(std::isfinite(v), "ternary_decompose: w[", n, ", ", k, "] is ", v, ", expected finite values");
     }
-  auto decompose = [&p](int64_t row_begin, int64_t row_end) {  // as one unit: one gamma a term
-    const int64_t count = (row_end - row_begin) * p.k;
-    std::vector<float> residual(static_cast<size_t>(count));
-    for (int64_t i = 0; i < count; ++i)
-      residual[size_t(i)] = load_float(p.w, p.dtype, (row_begin + i / p.k) * p.w_stride + i % p.k);
-    for (int64_t t = 0; t < p.terms; ++t) {
-      int8_t* trits = p.trits + (t * p.n + row_begin) * p.k;
-      const float gamma = ternarize(residual.data(), count, p.method, p.threshold, trits);
-      for (int64_t n = row_begin; n < row_end; ++n) p.gamma[t * p.n + n] = gamma;
-    }
+  auto trits_of = [&p](int64_t term, int64_t n) { return p.trits + (term * p.n + n) * p.k; };
+
+  if (p.scale == TernaryScale::kPerRow) {
+    for_rows([&](int64_t n, float* row) {
+      read_row(n, row);
+      for (int64_t t = 0; t < p.terms; ++t) {
+        const double sum = t == 0 ? magnitudes[size_t(n)] : sum_of_magnitudes(row, p.k);
+        const double mean = p.k > 0 ? sum / double(p.k) : 0.0;
+        const Kept kept = write_trits(row, p.k, p.method, mean, p.threshold, trits_of(t, n));
+        p.gamma[t * p.n + n] = scale_of(p.method, mean, kept);
+        subtract(row, p.k, p.gamma[t * p.n + n], trits_of(t, n));
+      }
+    });
+    return;
+  }
+  // One scale for all rows: rows are read again for each term, and their residual formed again, instead of a kept copy of w.
+  std::vector<Kept> kept(static_cast<size_t>(p.n));
+  std::vector<float> gammas;
+  auto residual_of = [&](int64_t n, float* row) {
+    read_row(n, row);
+    for (size_t t = 0; t < gammas.size(); ++t) subtract(row, p.k, gammas[t], trits_of(int64_t(t), n));
   };
-  if (p.scale == TernaryScale::kPerMatrix) return decompose(0, p.n);
-  parallel_for(p.n, max_i64(1, 16384 / max_i64(1, p.k)), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) decompose(n, n + 1);
-  });
+  for (int64_t t = 0; t < p.terms; ++t) {
+    if (t > 0)
+      for_rows([&](int64_t n, float* row) {
+        residual_of(n, row);
+        magnitudes[size_t(n)] = sum_of_magnitudes(row, p.k);
+      });
+    double sum = 0;
+    for (int64_t n = 0; n < p.n; ++n) sum += magnitudes[size_t(n)];
+    const double mean = p.k > 0 ? sum / (double(p.n) * double(p.k)) : 0.0;
+    for_rows([&](int64_t n, float* row) {
+      residual_of(n, row);
+      kept[size_t(n)] = write_trits(row, p.k, p.method, mean, p.threshold, trits_of(t, n));
+    });
+    Kept all;
+    for (const Kept& of_row : kept) {
+      all.magnitude += of_row.magnitude;
+      all.count += of_row.count;
+    }
+    gammas.push_back(scale_of(p.method, mean, all));
+    for (int64_t n = 0; n < p.n; ++n) p.gamma[t * p.n + n] = gammas.back();
+  }
 }
 
 void pack_base3(const int8_t* trits, int64_t count, uint8_t* bytes) {
