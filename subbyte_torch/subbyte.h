@@ -1,5 +1,6 @@
 // Everything a C++ program needs of the LibTorch layer.
 #pragma once
+#include "subbyte_torch/nn/binary.h"           // IWYU pragma: export
 #include "subbyte_torch/nn/embedding.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/linear.h"           // IWYU pragma: export
 #include "subbyte_torch/nn/quantize.h"         // IWYU pragma: export

@@ -1,5 +1,6 @@
 """The operations as functions of tensors and packed weights. Formulas and error bounds: the headers subbyte/ops/<op>/<op>.h."""
 
+from .binary import binary_conv2d, binary_linear, binary_matmul, init_binary_weight, pack_signs
 from .layouts import binary_layout, nibble_layout
 from .packed import dequantize, embedding, linear, linear_a8, pack, permute_rows, quantize, unpack
 from .quantized import quantized_conv2d, quantized_linear, quantized_matmul
@@ -22,18 +23,23 @@ from .ternary import (
 __all__ = [
     "absmax_scale",
     "activation_quant",
+    "binary_conv2d",
     "binary_layout",
+    "binary_linear",
+    "binary_matmul",
     "bitlinear",
     "check_ternary",
     "dequantize",
     "embedding",
     "estimate_memory_savings",
     "greedy_ternary_decomposition",
+    "init_binary_weight",
     "linear",
     "linear_a8",
     "multi_ternary_linear",
     "nibble_layout",
     "pack",
+    "pack_signs",
     "pack_ternary",
     "pack_ternary_base3",
     "permute_rows",

@@ -1,10 +1,15 @@
 """Modules. One file a family of layers; what a family offers to users is listed here."""
 
+from .binary import BinaryAttention, BinaryConv2d, BinaryLinear, BinaryMatmul
 from .packed import Embedding, Linear
 from .quantized import QuantizedAttention, QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from .ternary import BitLinear, MultiTernaryLinear, convert_linear_to_bitlinear
 
 __all__ = [
+    "BinaryAttention",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "BinaryMatmul",
     "BitLinear",
     "Embedding",
     "Linear",

@@ -1,14 +1,13 @@
 #include "subbyte/ops/binary_matmul/binary_matmul.h"
 
 #include <bit>
-#include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "subbyte/base/error.h"
 #include "subbyte/base/parallel_for.h"
 #include "subbyte/formats/bits.h"
 #include "subbyte/ops/binary_matmul/kernels.h"
+#include "subbyte/ops/binary_matmul/scaled_sum.h"
 
 namespace subbyte {
 
@@ -64,26 +63,18 @@ Workspace lay_out(const BinaryMatmulParams& p) {
 }
 
 // Signs of one row, zero bits behind them; returns whether it holds a NaN.
-template <class Load>
-bool pack_signs(Load load, int64_t k, int64_t row_bytes, uint8_t* out) {
+template <class Plus>
+bool pack_signs(Plus plus, int64_t k, int64_t row_bytes, uint8_t* out) {
   bool nan = false;
   int64_t byte = 0;
   for (; byte * 8 + 8 <= k; ++byte) {
     unsigned bits = 0;
-    for (int i = 0; i < 8; ++i) {
-      const auto v = load(byte * 8 + i);
-      nan = nan || v != v;
-      bits |= unsigned(v >= 0) << i;
-    }
+    for (int i = 0; i < 8; ++i) bits |= unsigned(plus(byte * 8 + i, nan)) << i;
     out[byte] = uint8_t(bits);
   }
   if (byte * 8 < k) {
     unsigned bits = 0;
-    for (int64_t i = byte * 8; i < k; ++i) {
-      const auto v = load(i);
-      nan = nan || v != v;
-      bits |= unsigned(v >= 0) << (i - byte * 8);
-    }
+    for (int64_t i = byte * 8; i < k; ++i) bits |= unsigned(plus(i, nan)) << (i - byte * 8);
     out[byte++] = uint8_t(bits);
   }
   std::memset(out + byte, 0, size_t(row_bytes - byte));
@@ -93,9 +84,25 @@ bool pack_signs(Load load, int64_t k, int64_t row_bytes, uint8_t* out) {
 bool pack_row(const void* data, DType dtype, int64_t begin, int64_t k, int64_t row_bytes, uint8_t* out) {
   if (dtype == DType::kF32) {
     const float* v = static_cast<const float*>(data) + begin;
-    return pack_signs([v](int64_t i) { return v[i]; }, k, row_bytes, out);
+    return pack_signs(
+        [v](int64_t i, bool& nan) {
+          nan = nan || v[i] != v[i];
+          return v[i] >= 0;
+        },
+        k, row_bytes, out);
   }
-  return pack_signs([&](int64_t i) { return load_double(data, dtype, begin + i); }, k, row_bytes, out);
+  if (dtype == DType::kBF16 || dtype == DType::kF16) {
+    // On the bit patterns: +1 unless the sign is set on something other than zero; NaN lies beyond infinity.
+    const uint16_t* v = static_cast<const uint16_t*>(data) + begin;
+    const unsigned infinity = dtype == DType::kBF16 ? 0x7f80u : 0x7c00u;
+    const auto plus = [v, infinity](int64_t i, bool& nan) {
+      const unsigned magnitude = v[i] & 0x7fffu;
+      nan = nan || magnitude > infinity;
+      return magnitude <= infinity && (v[i] < 0x8000u || magnitude == 0);
+    };
+    return pack_signs(plus, k, row_bytes, out);
+  }
+  return pack_signs([&](int64_t i, bool& nan) { return is_plus(data, dtype, begin + i, nan); }, k, row_bytes, out);
 }
 
 void copy_bits(const uint8_t* bits, int64_t k, int64_t row_bytes, uint8_t* out) {
@@ -117,16 +124,22 @@ const BinaryMatmulKernel& select_binary_matmul_kernel(Isa isa) {
 
 int64_t binary_matmul_workspace_bytes(const BinaryMatmulParams& p) { return lay_out(p).total; }
 
-void binary_matmul(const BinaryMatmulParams& p) {
+bool check_sizes(const BinaryMatmulParams& p) {
   const char* op = "binary_matmul";
   check_arg(p.batch >= 0 && p.m >= 0 && p.n >= 0 && p.k >= 0, op, ": sizes are B = ", p.batch, ", M = ", p.m, ", N = ", p.n,
             ", K = ", p.k, ", expected at least 0");
   check_arg((p.m <= 1 || p.x_stride >= p.k) && (p.z_bits != nullptr || p.n <= 1 || p.z_stride >= p.k) &&
                 (p.m <= 1 || p.y_stride >= p.n),
             op, ": a row stride is below its row's length");
-  if (p.batch == 0 || p.m == 0 || p.n == 0) return;
+  if (p.batch == 0 || p.m == 0 || p.n == 0) return false;
   check_arg(p.y != nullptr && (p.k == 0 || p.x != nullptr), op, ": x or y are missing");
   check_arg(p.k == 0 || (p.z != nullptr) != (p.z_bits != nullptr), op, ": expected either z or z_bits");
+  return true;
+}
+
+void binary_matmul(const BinaryMatmulParams& p) {
+  const char* op = "binary_matmul";
+  if (!check_sizes(p)) return;
   const Workspace w = lay_out(p);
   check_arg(w.total == 0 || (p.workspace != nullptr && p.workspace_bytes >= w.total), op, ": the workspace has ",
             p.workspace_bytes, " bytes, expected ", w.total);
@@ -146,7 +159,7 @@ void binary_matmul(const BinaryMatmulParams& p) {
       z_nan[r] = 0;
       if (p.k == 0) std::memset(out, 0, size_t(w.row_bytes));
       else if (p.z_bits != nullptr) copy_bits(p.z_bits + r * stream_bytes(p.k, 1), p.k, w.row_bytes, out);
-      else z_nan[r] = pack_row(p.z, p.dtype, r / p.n * p.z_batch_stride + r % p.n * p.z_stride, p.k, w.row_bytes, out);
+      else z_nan[r] = pack_row(p.z, p.z_dtype, r / p.n * p.z_batch_stride + r % p.n * p.z_stride, p.k, w.row_bytes, out);
     }
   });
   const XorCountFn count_xor = select_binary_matmul_kernel(active_isa()).fn;
@@ -165,10 +178,7 @@ void binary_matmul(const BinaryMatmulParams& p) {
           for (int64_t n = 0; n < n_count; ++n) {
             const int64_t sum = p.k - 2 * int64_t(counts[m * kTile + n]);
             const bool nan = (x_nan[x_row + m0 + m] | z_nan[z_row + n]) != 0;
-            if (p.dtype == DType::kF64)
-              store_double(p.y, p.dtype, at + n,
-                           nan ? std::numeric_limits<double>::quiet_NaN() : double(sum) * double(p.scale));
-            else store_float(p.y, p.dtype, at + n, nan ? std::numeric_limits<float>::quiet_NaN() : float(sum) * p.scale);
+            store_scaled_sum(p.y, p.dtype, at + n, sum, nan, p.scale, p.bias, n0 + n);
           }
         }
       }

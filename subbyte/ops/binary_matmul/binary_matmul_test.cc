@@ -19,6 +19,8 @@ struct Case {
   int64_t batch, m, n, k;
   DType dtype = DType::kF32;
   bool bits = false;
+  bool bias = false;
+  DType z_dtype = DType::kF32;
 };
 
 std::vector<uint8_t> values(int64_t count, DType t, unsigned seed) {
@@ -32,7 +34,8 @@ std::vector<uint8_t> values(int64_t count, DType t, unsigned seed) {
 }
 
 std::vector<uint8_t> run(const Case& c, bool reference, unsigned seed = 1) {
-  const std::vector<uint8_t> x = values(c.batch * c.m * c.k, c.dtype, seed), z = values(c.batch * c.n * c.k, c.dtype, seed + 1);
+  const std::vector<uint8_t> x = values(c.batch * c.m * c.k, c.dtype, seed),
+                             z = values(c.batch * c.n * c.k, c.z_dtype, seed + 1), bias = values(c.n, c.dtype, seed + 3);
   std::mt19937 r(seed + 2);
   std::vector<uint8_t> bits(size_t(c.n * stream_bytes(c.k, 1)) + 1);
   for (uint8_t& b : bits) b = uint8_t(r());  // the spare bits are garbage on purpose
@@ -54,7 +57,11 @@ std::vector<uint8_t> run(const Case& c, bool reference, unsigned seed = 1) {
   p.z_batch_stride = c.n * c.k;
   p.y_stride = c.n;
   p.y_batch_stride = c.m * c.n;
-  p.scale = 0.37f;
+  const float scale = 0.37f;
+  const double wide_scale = 0.37;
+  p.scale = c.dtype == DType::kF64 ? static_cast<const void*>(&wide_scale) : &scale;
+  p.bias = c.bias ? bias.data() : nullptr;
+  p.z_dtype = c.z_dtype;
   if (reference) {
     reference::binary_matmul(p);
   } else {
@@ -92,8 +99,10 @@ TEST(BinaryMatmul, EveryPathGivesTheReferencesBits) {
 
 TEST(BinaryMatmul, TakesEveryDtype) {
   for (DType t : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64}) {
-    const Case c{2, 5, 9, 300, t};
-    EXPECT_EQ(run(c, false), run(c, true)) << dtype_name(t);
+    for (DType z : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64}) {
+      const Case c{2, 5, 9, 300, t, false, z == t, z};
+      EXPECT_EQ(run(c, false), run(c, true)) << dtype_name(t) << " by " << dtype_name(z);
+    }
   }
 }
 
@@ -127,6 +136,43 @@ TEST(BinaryMatmul, NanMarksItsRowAndItsColumnOnly) {
   binary_matmul(p);
   for (int m = 0; m < 3; ++m)
     for (int n = 0; n < 2; ++n) EXPECT_EQ(std::isnan(y[m * 2 + n]), m == 2 || n == 0);
+}
+
+TEST(BinaryMatmul, ATinyNegativeDoubleIsNegative) {
+  const double x = -1e-300, z = 1;
+  double y = 0;
+  alignas(64) uint8_t memory[512];
+  BinaryMatmulParams p;
+  p.x = &x;
+  p.z = &z;
+  p.y = &y;
+  p.dtype = p.z_dtype = DType::kF64;
+  p.m = p.n = p.k = p.x_stride = p.z_stride = 1;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  EXPECT_EQ(y, -1.0);
+}
+
+TEST(BinaryMatmul, SumsStayIntegersUntilTheScale) {
+  // 300 products of +1 less one of -1: 298 is no bfloat16 number, and is rounded once, to 298 +- 2.
+  std::vector<uint16_t> x(300, float_to_bf16(1.0f)), z(300, float_to_bf16(1.0f));
+  z[0] = float_to_bf16(-1.0f);
+  uint16_t y = 0;
+  const float scale = 0.5f;
+  alignas(64) uint8_t memory[512];
+  BinaryMatmulParams p;
+  p.x = x.data();
+  p.z = z.data();
+  p.y = &y;
+  p.dtype = p.z_dtype = DType::kBF16;
+  p.m = p.n = 1;
+  p.k = p.x_stride = p.z_stride = 300;
+  p.scale = &scale;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  EXPECT_EQ(bf16_to_float(y), 149.0f);
 }
 
 TEST(BinaryMatmul, DoesNotDependOnTheNumberOfThreads) {
