@@ -4,6 +4,7 @@
 #include "subbyte_torch/nn/embedding.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/linear.h"           // IWYU pragma: export
 #include "subbyte_torch/nn/quantize.h"         // IWYU pragma: export
+#include "subbyte_torch/nn/quantized.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/ternary.h"          // IWYU pragma: export
 #include "subbyte_torch/ops.h"                 // IWYU pragma: export
 #include "subbyte_torch/optim/packed_adamw.h"  // IWYU pragma: export
