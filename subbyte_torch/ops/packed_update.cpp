@@ -13,7 +13,7 @@
 #endif
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
+#include "subbyte_torch/ops/packed_update.h"
 
 namespace subbyte {
 namespace {

@@ -10,6 +10,7 @@
 #include "subbyte/ops/packed_update/packed_update.h"
 #include "subbyte_torch/nn/embedding.h"
 #include "subbyte_torch/nn/linear.h"
+#include "subbyte_torch/ops/packed_update.h"
 
 namespace subbyte::optim {
 namespace {
