@@ -170,15 +170,23 @@ void quantized_matmul(const QuantizedMatmulParams& p) {
       const int64_t x_row = w.x_rows == p.m ? 0 : b * p.m, z_row = (w.z_rows == p.n ? 0 : b * p.n) + n0;
       if (own_rows)
         for (int64_t n = 0; n < n_count; ++n) make_z_row(z_row + n);
+      uint8_t strip_nan = 0;
+      for (int64_t n = 0; n < n_count; ++n) strip_nan |= z_nan[z_row + n];
       for (int64_t m0 = 0; m0 < p.m; m0 += kTileColumns) {
         const int64_t m_count = min_i64(kTileColumns, p.m - m0);
         dot(xq + (x_row + m0) * w.row_bytes, w.row_bytes, m_count, zq + z_row * w.row_bytes, w.row_bytes, n_count, w.row_bytes,
             1 << (p.bits - 1), sums, kTileRows);
         for (int64_t m = 0; m < m_count; ++m) {
           const int64_t at = b * p.y_batch_stride + (m0 + m) * p.y_stride + n0;
+          const int32_t* row = sums + m * kTileRows;
+          if (p.dtype == DType::kF32 && p.bias == nullptr && x_nan[x_row + m0 + m] == 0 && strip_nan == 0) {
+            float* out = static_cast<float*>(p.y) + at;  // store_scaled, in a loop that compilers vectorize
+            for (int64_t n = 0; n < n_count; ++n) out[n] = float(row[n]) * sx * sz;
+            continue;
+          }
           for (int64_t n = 0; n < n_count; ++n) {
             const bool nan = (x_nan[x_row + m0 + m] | z_nan[z_row + n]) != 0;
-            store_scaled(p, at + n, n0 + n, sums[m * kTileRows + n], sx, sz, nan);
+            store_scaled(p, at + n, n0 + n, row[n], sx, sz, nan);
           }
         }
       }
