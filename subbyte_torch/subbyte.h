@@ -3,10 +3,12 @@
 #include "subbyte_torch/nn/binary.h"           // IWYU pragma: export
 #include "subbyte_torch/nn/embedding.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/linear.h"           // IWYU pragma: export
+#include "subbyte_torch/nn/mpq_linear.h"       // IWYU pragma: export
 #include "subbyte_torch/nn/quantize.h"         // IWYU pragma: export
 #include "subbyte_torch/nn/quantized.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/ternary.h"          // IWYU pragma: export
 #include "subbyte_torch/ops.h"                 // IWYU pragma: export
+#include "subbyte_torch/optim/mpq_update.h"    // IWYU pragma: export
 #include "subbyte_torch/optim/packed_adamw.h"  // IWYU pragma: export
 #include "subbyte_torch/packed_weight.h"       // IWYU pragma: export
 #include "subbyte_torch/version.h"             // IWYU pragma: export

@@ -56,15 +56,15 @@ def gptq_import(
         scales: float [Gr, N].
         bits: 1 to 8.
         in_features: K.
-        qzeros: int32 [Gr, ceil(N * bits / 32)], packed integer zeros; or zeros, float [Gr, N], multiplied by the scale; neither:
-            the format's fixed zero 2^(bits-1).
+        qzeros: int32 [Gr, ceil(N * bits / 32)], packed integer zeros; or zeros, float [Gr, N], multiplied by the scale;
+            neither: the format's fixed zero 2^(bits-1).
         g_idx: group of each row (input feature), in any order, [K]; None: k // group_size, or with group_size -1 as many rows a
             group as Gr asks for. Rows out of order become a PackedWeight with `perm`.
         q_perm: row i of qweight is input feature q_perm[i]; all zero means none.
         v2: qzeros hold z, not z - 1.
 
-    Returns Imported. ValueError for contradicting shapes, a q_perm that is no permutation, a group out of range, scales or zeros
-    that are not finite.
+    Returns Imported. ValueError for contradicting shapes, a q_perm that is no permutation, a group out of range, scales or
+    zeros that are not finite.
     """
     parts = _ops.gptq_import(
         qweight, scales, zeros, qzeros, g_idx, q_perm, int(bits), int(in_features), int(group_size), 0 if v2 else 1
@@ -136,8 +136,10 @@ class EXL2Tensors(NamedTuple):
 
 
 def exl2_export(weight, *, parent=None, groups=None):
-    """Words of mixed width of a PackedWeight, lossless; the inverse of exl2_import. ValueError where a group does not begin on a
-    word."""
+    """Words of mixed width of a PackedWeight, lossless; the inverse of exl2_import.
+
+    ValueError where a group does not begin on a word.
+    """
     words, scales, zeros, row_groups = export(weight, asym=False, input_order=False, parent=parent, groups=groups)
     perm = weight.perm if weight.perm is not None else torch.arange(weight.in_features, device=weight.device)
     return EXL2Tensors(words, _ops.q_groups_of(row_groups, weight.format), scales, zeros, perm.to(torch.int32))
@@ -152,7 +154,7 @@ def make_group_map(q_groups, num_qrows):
 
 
 def rows_of_format(format, in_features):
-    """Seven integers: where the codes of 8, 6, 5, 4, 3 and 2 bits end along K, and a mask with bit b - 1 set for each width b."""
+    """Seven integers: where the codes of 8, 6, 5, 4, 3, 2 bits end along K, and a mask with bit b - 1 set for each width b."""
     return list(_ops.rows_of_format(format, in_features))
 
 
@@ -186,8 +188,8 @@ def requantize_second_level(values, levels, dq_group_size, *, per_column=False, 
     """Values [Gr, N] as (codes uint8 [Gr, B, dq_group_size], zeros, scales [Gr, B, 1]), B = ceil(N / dq_group_size).
 
     per_column: zeros and scales [1, N, 1], for all groups; dq_group_size is then 1.
-    kept: (zeros, scales) as a file had them. Blocks that these say exactly keep them, so that what was loaded is written back byte
-    for byte; the others take the range of their values.
+    kept: (zeros, scales) as a file had them. Blocks that these say exactly keep them, so that what was loaded is written back
+    byte for byte; the others take the range of their values.
     """
     zeros, scales = kept if kept is not None else (None, None)
     return _ops.requantize_second_level(values, int(levels), int(dq_group_size), per_column, zeros, scales)
@@ -215,7 +217,8 @@ def import_parameter(qweight):
     asym, group_size, layer_type, q_perm, q_group_map, rows.
 
     layer_type 1 (MPQLinear): asym with packed zeros, or symmetric with zeros multiplied by the scale; groups by g_idx, or of
-    K / Gr rows with q_perm. layer_type 2 (MBWQLinear): rows in stored order with q_perm; mixed widths when q_group_map is there.
+    K / Gr rows with q_perm. layer_type 2 (MBWQLinear): rows in stored order with q_perm; mixed widths when q_group_map is
+    there.
     ValueError without layer_type, NotImplementedError for another.
     """
     layer_type, bits = _attribute(qweight, "layer_type", -1), _attribute(qweight, "w_bit", -1)
@@ -288,8 +291,8 @@ def pack_fp_weight(weight, qweight, unpacked_zeros=None):
 def gptq_style_unpacking(qweight):
     """(weights [K, N], zeros) of a parameter of one width.
 
-    zeros: asym int32 [Gr, N], the fields plus 1; symmetric with q_perm and without g_idx the zeros of each row, [K, N] in stored
-    order; symmetric otherwise [Gr, N].
+    zeros: asym int32 [Gr, N], the fields plus 1; symmetric with q_perm and without g_idx the zeros of each row, [K, N] in
+    stored order; symmetric otherwise [Gr, N].
     """
     weights = unpack_qweight(qweight)
     zeros = qweight.zeros
@@ -299,3 +302,76 @@ def gptq_style_unpacking(qweight):
         rows = -(-weights.shape[0] // zeros.shape[0])
         zeros = zeros.repeat_interleave(rows, 0)[: weights.shape[0]]
     return weights, zeros
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------------
+
+
+def mpq_update_(
+    weight,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    *,
+    lr=1e-4,
+    weight_decay=0.0,
+    betas=(0.99, 0.9999),
+    eps=1e-6,
+    correct_bias=True,
+    project_back=None,
+    parent=None,
+    zeros_every=5,
+    integer_zeros=True,
+    zeros_low=1,
+    rounding="stochastic",
+    seed=0,
+    offset=None,
+):
+    """One step of the MPQ rule on a PackedWeight, in place: Adam-like moments, a step of the values, codes encoded again.
+
+        m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  r = project_back(m / (sqrt(v) + eps))
+        eta = lr * sqrt(1 - beta2^t) / (1 - beta1^t) if correct_bias else lr
+        W <- W - eta r;  W <- W - lr * weight_decay * W
+        every `zeros_every` steps: offsets <- offsets - mean(eta r), or zeros <- round(zeros + mean(eta r) / scale), the mean
+        over each group; then codes <- W on the scales and the new zeros
+
+    Args:
+        weight: PackedWeight [N, K], of one or mixed widths, permuted or not.
+        grad, exp_avg, exp_avg_sq: [N, K], or the shape a projector makes of it. The moments change in place, in their
+            own dtype.
+        step: t as an integer, 1 at the first call.
+        project_back: takes r to [N, K] (GaLoreProjector.project_back).
+        parent: of an import, for groups of different lengths.
+        zeros_every: 0 keeps zeros as they are. integer_zeros False lets them take fractions. zeros_low: smallest integer zero
+            that the layout says, 1 for GPTQ v1 and GBA, 0 for GPTQ v2.
+        rounding: "stochastic", unbiased, with seed and offset (None: the step) as its only source of randomness; or "nearest",
+            which drops every step below half a level.
+
+    ValueError names an argument that does not fit.
+    """
+    if not isinstance(weight, PackedWeight):
+        raise ValueError(f"mpq_update_: weight is {type(weight).__name__}, expected a PackedWeight")
+    step = int(step)
+    if step < 1:
+        raise ValueError(f"mpq_update_: step is {step}, expected at least 1")
+    if lr < 0:
+        raise ValueError(f"mpq_update_: lr is {lr}, expected at least 0")
+    beta1, beta2 = betas
+    with torch.no_grad():
+        r = _ops.mpq_moments_(exp_avg, exp_avg_sq, grad, beta1, beta2, eps)
+        if project_back is not None:
+            r = project_back(r)
+        eta = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) if correct_bias else lr
+        _ops.mpq_apply_(
+            *weight.packed_args,
+            parent,
+            r * eta,
+            lr * weight_decay,
+            zeros_every != 0 and step % zeros_every == 0,
+            integer_zeros,
+            zeros_low,
+            rounding,
+            seed,
+            step if offset is None else offset,
+        )

@@ -6,6 +6,7 @@
 
 #include "subbyte_torch/nn/embedding.h"
 #include "subbyte_torch/nn/linear.h"
+#include "subbyte_torch/nn/mpq_linear.h"
 #include "subbyte_torch/nn/quantize.h"
 
 namespace subbyte::nn {
@@ -158,6 +159,7 @@ Embedding Embedding::from_float(const torch::nn::Embedding& layer, const Quantiz
 
 template class PackedModule<LinearImpl>;
 template class PackedModule<EmbeddingImpl>;
+template class PackedModule<MPQLinearImpl>;
 
 // ---- quantize_
 

@@ -57,8 +57,8 @@ def _floats(values, dtype):
     return out
 
 
-def _second_level(rng, groups, n, dq, mode, levels, dtype, wide, integer_sum=False):
-    """(codes [Gr][N], zeros tensor, scales tensor, values [Gr][N] as fractions): value = (code - zero) * scale, exact in half."""
+def _second_level(rng, groups, n, dq, mode, levels, dtype, wide):
+    """(codes [Gr][N], zeros tensor, scales tensor, values [Gr][N], fractions): value = (code - zero) * scale, exact in half."""
     blocks = -(-n // dq)
     rows, columns = (1, n) if mode == 1 else (groups, blocks)
     scale = [[Fraction(rng.choice([1, 2, 3]), 128 if not wide else 2048) for _ in range(columns)] for _ in range(rows)]
@@ -79,7 +79,9 @@ def _blocked(codes, dq, dtype=torch.uint8):
     return out
 
 
-def mpq(bits, *, asym, gptq=False, k=96, n=40, group_size=32, dq=8, dq_mode=2, act_order=False, bias=False, dtype=torch.half, seed=0):
+def mpq(
+    bits, *, asym, gptq=False, k=96, n=40, group_size=32, dq=8, dq_mode=2, act_order=False, bias=False, dtype=torch.half, seed=0
+):
     """An MPQLinear layer: GPTQ, GBA asymmetric or GBA symmetric."""
     rng = random.Random(1000 * bits + seed)
     groups = -(-k // group_size)
@@ -98,7 +100,8 @@ def mpq(bits, *, asym, gptq=False, k=96, n=40, group_size=32, dq=8, dq_mode=2, a
     plain = [[Fraction(rng.randrange(1, 64), 512) for _ in range(n)] for _ in range(groups)]
     if gptq or asym:
         if double:
-            scode, s_zeros, s_scales, scales = _second_level(rng, groups, n, dq, dq_mode, 256 if bits == 8 else 200, dtype, True)
+            levels = 256 if bits == 8 else 200
+            scode, s_zeros, s_scales, scales = _second_level(rng, groups, n, dq, dq_mode, levels, dtype, True)
             raw["qscales"] = _blocked(scode, dq) if bits == 4 else torch.tensor(scode, dtype=torch.uint8)
             raw["qscales_zeros"], raw["qscales_scales"] = s_zeros, s_scales
             raw["scales"], raw["zeros"] = torch.ones(groups, n, dtype=dtype), torch.zeros(groups, n, dtype=dtype)

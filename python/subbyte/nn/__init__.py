@@ -1,6 +1,7 @@
 """Modules. One file a family of layers; what a family offers to users is listed here."""
 
 from .binary import BinaryAttention, BinaryConv2d, BinaryLinear, BinaryMatmul
+from .mpq import MPQLinear
 from .packed import Embedding, Linear
 from .quantized import QuantizedAttention, QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from .ternary import BitLinear, MultiTernaryLinear, convert_linear_to_bitlinear
@@ -13,6 +14,7 @@ __all__ = [
     "BitLinear",
     "Embedding",
     "Linear",
+    "MPQLinear",
     "MultiTernaryLinear",
     "QuantizedAttention",
     "QuantizedConv2d",
