@@ -159,6 +159,8 @@ def test_M11_from_linear_keeps_the_weights():
     module = MPQLinear.from_linear(positive, 4, asym=True)
     assert module.weight.zeros.min() == 1
     assert (module.weight.dequantize() - positive.weight).abs().max() <= 0.5 / 14 + 1e-6
+    half = MPQLinear.from_linear(positive, 4, dtype=torch.half)
+    assert half.weight.scales.dtype == half.weight.dtype == torch.half
     perm = torch.randperm(72).to(torch.int32)
     act_order = MPQLinear.from_linear(torch.nn.Linear(72, 20), 4, 24, layout="gptq", perm=perm)
     again = MPQLinear(72, 20, 4, 24, layout="gptq", bias=True)
@@ -461,6 +463,29 @@ def test_M2_the_loss_of_a_four_bit_layer_falls_with_stochastic_and_not_with_near
             M.mpq_update_(module.weight, g, m, v, t, lr=4e-3, betas=(0.9, 0.99), zeros_every=0, rounding=rounding)
         final[rounding] = F.mse_loss(module(x), y).item() / first
     assert final["nearest"] > 0.98 and final["stochastic"] < 0.35
+
+
+def test_M2_two_four_bit_layers_learn_fashion_mnist(fashion_mnist):
+    torch.manual_seed(2)
+    (x, labels), _ = fashion_mnist
+    model = torch.nn.Sequential(
+        MPQLinear.from_linear(torch.nn.Linear(784, 64), 4, 56, asym=True, layout="gptq"), torch.nn.ReLU(),
+        MPQLinear.from_linear(torch.nn.Linear(64, 10), 4, 32),
+    )  # fmt: skip
+    state, losses = {}, []
+    for t in range(1, 61):
+        rows = torch.randint(0, len(x), (128,))
+        loss = F.cross_entropy(model(x[rows]), labels[rows])
+        model.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        for layer in (model[0], model[2]):
+            g = layer.weight.grad
+            m, v = state.setdefault(layer, (torch.zeros_like(g), torch.zeros_like(g)))
+            M.mpq_update_(layer.weight, g, m, v, t, lr=2e-3, betas=(0.9, 0.99), seed=7)
+    assert losses[0] > 2.0 and sum(losses[-10:]) / 10 < 1.1
+    zeros = model[0].weight.zeros
+    assert torch.equal(zeros, zeros.round()) and zeros.min() >= 1 and zeros.max() <= 16
 
 
 def test_M3_zeros_keep_still_without_a_gradient_and_follow_it_with_the_right_sign():

@@ -100,13 +100,15 @@ class MPQLinear(Linear):
         self._groups = self.weight.scales.shape[1]
         self._kept = {}  # second-level zeros and scales as loaded; export returns to them where they are exact
 
-    def _set_weight(self, dense, format, perm, requires_grad):
+    def _set_weight(self, dense, format, perm, requires_grad, dtype=None):
         weight = PackedWeight.from_float(
             dense,
             format=format or resolve_format(self.bits, None),
             group_size=self.file_group_size,
             sym=False,
             zero_kind="zeros" if self.asym else "offsets",
+            scale_dtype=dtype,
+            dtype=dtype,
             perm=perm,
         )
         if self.asym:
@@ -115,11 +117,23 @@ class MPQLinear(Linear):
 
     @classmethod
     def from_linear(
-        cls, linear, bits=4, group_size=-1, *, asym=False, layout="gba", dq_group_size=-1, dq_mode=2, format=None, perm=None
+        cls,
+        linear,
+        bits=4,
+        group_size=-1,
+        *,
+        asym=False,
+        layout="gba",
+        dq_group_size=-1,
+        dq_mode=2,
+        format=None,
+        perm=None,
+        dtype=None,
     ):
         """A packed copy of a torch.nn.Linear: weights rounded to nearest on the range of each group, bias shared.
 
-        perm: int32 [K], the order in which input features are grouped (act-order). Other arguments as in the constructor.
+        perm: int32 [K], the order in which input features are grouped (act-order). dtype: of scales and zeros; the layer's when
+            None. Other arguments as in the constructor.
         """
         if not isinstance(linear, torch.nn.Linear):
             raise ValueError(f"MPQLinear.from_linear: linear is {type(linear).__name__}, expected a torch.nn.Linear")
@@ -134,7 +148,7 @@ class MPQLinear(Linear):
         )
         dense = linear.weight.detach()
         dense = dense.dequantize() if isinstance(dense, PackedWeight) else dense
-        module._set_weight(dense, format, perm, linear.weight.requires_grad)
+        module._set_weight(dense, format, perm, linear.weight.requires_grad, dtype)
         module.register_parameter("bias", linear.bias)
         module._set_extras(False)
         return module.train(linear.training)
@@ -342,8 +356,8 @@ class MPQLinear(Linear):
         self.parent = None if parent is None else parent.clone().to(self.weight.codes.device)
         self._groups = self.weight.scales.shape[1] if parent is None else int(parent.max()) + 1 if parent.numel() else 0
         scale = state_dict.get(f"{prefix}channel_scale")
-        if (scale is None) != (self.channel_scale is None) and strict is not None:
-            self.channel_scale = None if scale is None else torch.ones_like(scale, device=self.weight.codes.device)
+        if scale is not None and self.channel_scale is None:
+            self.channel_scale = torch.ones_like(scale, device=self.weight.codes.device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
