@@ -8,6 +8,7 @@
 #include <map>
 
 #include "subbyte_torch/nn/packed_module.h"
+#include "subbyte_torch/ops/mpq.h"
 
 namespace subbyte::nn {
 
