@@ -1,8 +1,8 @@
 // Idea: rows of int8 lie K-contiguous, so a tile of 2 x 4 dot products reads 6 vectors for 8 products and sums across lanes
 // once at the end, four products together. dot_narrow (values up to 32, so 4-, 5- and 6-bit operands): |x| * sign(z, x) by
-// vpmaddubsw, pairs of at most 2048 stay in int16 for 15 steps before they are widened. dot_int8: both operands widened to int16
-// for vpmaddwd, exact at -128 * -128. Bound by the multiply ports; for K = 64 by the end of each product, where sums one by one
-// and a store that asked for its type each time took half of the time (24 against 50 Gops, Zen 3, one thread).
+// vpmaddubsw, pairs of at most 2048 stay in int16 for 15 steps before they are widened. dot_int8: both operands widened to
+// int16 for vpmaddwd, exact at -128 * -128. Bound by the multiply ports; for K = 64 by the end of each product, where sums one
+// by one and a store that asked for its type each time took half of the time (24 against 50 Gops, Zen 3, one thread).
 #include <immintrin.h>
 
 #include <cstdint>
