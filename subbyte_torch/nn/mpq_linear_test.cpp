@@ -199,7 +199,7 @@ TEST(MPQLinear, OptionsThatContradictEachOtherAreRefusedAtConstruction) {
     o.layout = MPQLayout::kMbwq;
   });
   MPQLinear layer(64, 8);
-  EXPECT_THROW(layer->load_original({}), c10::ValueError);
+  EXPECT_THROW(layer->load_original(MPQLinearImpl::State()), c10::ValueError);
 }
 
 TEST(MPQLinear, FromLinearTrainsWithStochasticUpdatesWhereNearestStandsStill) {
