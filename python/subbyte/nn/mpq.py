@@ -42,8 +42,8 @@ class MPQLinear(Linear):
         requires_grad: of the weight. dtype, device: of scales, zeros, bias and channel_scale.
 
     State: parameter `weight` (PackedWeight [N, K]), `bias` [N] or None; buffers `channel_scale` [K] or None, `parent` [G] or
-    None (for groups of different lengths, see subbyte.mpq). The weight is the only owner of codes, scales and zeros. Its gradient
-    is dense [N, K], exists only after backward, and accumulates. New layers hold rounded values of torch.nn.Linear's
+    None (for groups of different lengths, see subbyte.mpq). The weight is the only owner of codes, scales and zeros. Its
+    gradient is dense [N, K], exists only after backward, and accumulates. New layers hold rounded values of torch.nn.Linear's
     initialisation.
 
     state_dict is that of subbyte.nn.Linear. load_state_dict (of this layer or of any parent module) also takes the original's
