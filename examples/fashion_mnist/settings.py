@@ -55,11 +55,54 @@ def packed(**options):
     return convert
 
 
+def packed_adamw(parameters, lr):
+    return subbyte.optim.PackedAdamW(parameters, lr=lr, moments="8bit")
+
+
+def layers(linear, conv=None):
+    """Every Linear but the last, and with `conv` every Conv2d but the first, replaced by what the functions make of it.
+
+    The first convolution sees one channel of pixels and the last layer is the classifier: both stay, as in the literature.
+    """
+
+    def convert(model):
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        for i, module in enumerate(model):
+            if isinstance(module, nn.Linear) and module is not last:
+                model[i] = linear(module)
+            elif conv is not None and isinstance(module, nn.Conv2d) and module.in_channels > 1:
+                model[i] = conv(module)
+        return model
+
+    return convert
+
+
+def quantized(bits):
+    return layers(
+        lambda m: subbyte.nn.QuantizedLinear.from_float(m, bits=bits), lambda m: subbyte.nn.QuantizedConv2d.from_float(m, bits=bits)
+    )
+
+
 SETTINGS = {
     "fp32": Setting("float32", lambda model: model, adamw),
+    # Packed weights, no float copy; "p" with the fused optimizer and 8-bit moments.
     "8": Setting("8 bits, packed", packed(bits=8, sym=True), adamw),
     "4": Setting("4 bits, packed", packed(bits=4, sym=True), adamw),
+    "4p": Setting("4 bits, packed, PackedAdamW", packed(bits=4, sym=True), packed_adamw),
     "2": Setting("2 bits, packed", packed(bits=2, sym=True), adamw, 3e-3),
+    "2p": Setting("2 bits, packed, PackedAdamW", packed(bits=2, sym=True), packed_adamw, 3e-3),
     "ternary": Setting("ternary, packed", packed(format="ternary"), adamw, 3e-3),
     "1": Setting("1 bit, packed", packed(bits=1), adamw, 3e-3),
+    # Latent float weights: quantization aware training.
+    "q8": Setting("8-bit weights and activations (Q8)", quantized(8), adamw),
+    "q4": Setting("4-bit weights and activations (Q4)", quantized(4), adamw),
+    "bitlinear": Setting(
+        "BitLinear: ternary weights, 8-bit activations", layers(subbyte.nn.BitLinear.from_linear), adamw
+    ),
+    "multiternary": Setting("two ternary terms", layers(lambda m: subbyte.nn.MultiTernaryLinear.from_linear(m, k=2)), adamw),
+    "binary": Setting(
+        "1-bit weights and activations",
+        layers(subbyte.nn.BinaryLinear.from_linear, subbyte.nn.BinaryConv2d.from_conv2d),
+        adamw,
+    ),
 }

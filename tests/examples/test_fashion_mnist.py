@@ -21,7 +21,7 @@ def dataset():
 
 
 def arguments(output, *extra):
-    return program.arguments(["--output", str(output), "--device", "cpu", "--images", "6000", "--batch", "100", *extra])
+    return program.arguments(["--output", str(output), "--device", "cpu", "--images", "3000", "--batch", "50", *extra])
 
 
 def test_the_files_hold_what_is_published(dataset):
