@@ -8,6 +8,8 @@
 #include "subbyte_torch/nn/quantized.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/ternary.h"          // IWYU pragma: export
 #include "subbyte_torch/ops.h"                 // IWYU pragma: export
+#include "subbyte_torch/optim/diode_mix.h"     // IWYU pragma: export
+#include "subbyte_torch/optim/galore.h"        // IWYU pragma: export
 #include "subbyte_torch/optim/mpq_update.h"    // IWYU pragma: export
 #include "subbyte_torch/optim/packed_adamw.h"  // IWYU pragma: export
 #include "subbyte_torch/packed_weight.h"       // IWYU pragma: export
