@@ -55,34 +55,72 @@ Geometry lay_out(const BinaryConv2dParams& p) {
   return g;
 }
 
-// Bits of one image row: channels along the bits of a pixel, groups on bytes.
-void pack_image_row(const BinaryConv2dParams& p, const Geometry& g, int64_t row, uint8_t* pixels, uint8_t* nan) {
-  const int64_t begin = row / p.height * p.x_strides[0] + row % p.height * p.x_strides[2];
-  std::memset(pixels, 0, size_t(p.width * g.pixel_bytes));
-  std::memset(nan, 0, size_t(p.width * p.groups));
-  const int64_t step = p.x_strides[3];
-  for (int64_t group = 0; group < p.groups; ++group)
-    for (int64_t c = 0; c < g.c_count; ++c) {
-      uint8_t* out = pixels + group * g.tap_bytes + c / 8;
-      uint8_t* marks = nan + group;
-      const int64_t from = begin + (group * g.c_count + c) * p.x_strides[1];
-      const int bit = int(c % 8);
-      if (p.dtype == DType::kF32) {
-        const float* v = static_cast<const float*>(p.x) + from;
-        for (int64_t w = 0; w < p.width; ++w) {
-          const float f = v[w * step];
-          out[w * g.pixel_bytes] = uint8_t(out[w * g.pixel_bytes] | unsigned(f >= 0) << bit);
-          marks[w * p.groups] = uint8_t(marks[w * p.groups] | unsigned(f != f));
-        }
-      } else {
-        for (int64_t w = 0; w < p.width; ++w) {
-          bool none = false;
-          const bool plus = is_plus(p.x, p.dtype, from + w * step, none);
-          out[w * g.pixel_bytes] = uint8_t(out[w * g.pixel_bytes] | unsigned(plus) << bit);
-          marks[w * p.groups] = uint8_t(marks[w * p.groups] | unsigned(none));
-        }
+constexpr int64_t kChunk = 512;  // pixels of one channel that are packed at a time
+
+// Byte i, bit j of the result is byte j, bit i of v.
+uint64_t transpose_bits(uint64_t v) {
+  uint64_t t = (v ^ (v >> 7)) & 0x00aa00aa00aa00aaull;
+  v ^= t ^ (t << 7);
+  t = (v ^ (v >> 14)) & 0x0000cccc0000ccccull;
+  v ^= t ^ (t << 14);
+  t = (v ^ (v >> 28)) & 0x00000000f0f0f0f0ull;
+  return v ^ t ^ (t << 28);
+}
+
+// Up to 8 channels of one image row whose pixels are contiguous: packed along the row, then turned.
+void pack_channels(const BinaryConv2dParams& p, const Geometry& g, int64_t from, int64_t channels, uint8_t* out, uint8_t* marks,
+                   PackSignsFn pack) {
+  for (int64_t w0 = 0; w0 < p.width; w0 += kChunk) {
+    const int64_t count = min_i64(kChunk, p.width - w0);
+    uint8_t rows[8][kChunk / 8] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t begin = from + c * p.x_strides[1] + w0;
+      if (!pack_sign_row(p.x, p.dtype, begin, count, rows[c], pack)) continue;
+      for (int64_t w = 0; w < count; ++w) {
+        bool none = false;
+        is_plus(p.x, p.dtype, begin + w, none);
+        marks[(w0 + w) * p.groups] = uint8_t(marks[(w0 + w) * p.groups] | unsigned(none));
       }
     }
+    for (int64_t w = 0; w < count; w += 8) {
+      uint64_t block = 0;
+      for (int c = 0; c < 8; ++c) block |= uint64_t(rows[c][w / 8]) << (8 * c);
+      block = transpose_bits(block);
+      const int64_t last = min_i64(8, count - w);
+      for (int64_t i = 0; i < last; ++i) out[(w0 + w + i) * g.pixel_bytes] = uint8_t(block >> (8 * i));
+    }
+  }
+}
+
+// Bits of one image row: channels along the bits of a pixel, groups on bytes.
+void pack_image_row(const BinaryConv2dParams& p, const Geometry& g, int64_t row, uint8_t* pixels, uint8_t* nan,
+                    PackSignsFn pack) {
+  const int64_t begin = row / p.height * p.x_strides[0] + row % p.height * p.x_strides[2];
+  std::memset(nan, 0, size_t(p.width * p.groups));
+  if (g.c_count == 0) return;
+  for (int64_t group = 0; group < p.groups; ++group) {
+    const int64_t first = begin + group * g.c_count * p.x_strides[1];
+    uint8_t* out = pixels + group * g.tap_bytes;
+    if (p.x_strides[1] == 1) {
+      for (int64_t w = 0; w < p.width; ++w)
+        nan[w * p.groups + group] =
+            pack_sign_row(p.x, p.dtype, first + w * p.x_strides[3], g.c_count, out + w * g.pixel_bytes, pack);
+    } else if (p.x_strides[3] == 1) {
+      for (int64_t c = 0; c < g.c_count; c += 8)
+        pack_channels(p, g, first + c * p.x_strides[1], min_i64(8, g.c_count - c), out + c / 8, nan + group, pack);
+    } else {
+      for (int64_t w = 0; w < p.width; ++w) {
+        bool none = false;
+        for (int64_t c = 0; c < g.c_count; c += 8) {
+          unsigned bits = 0;
+          for (int64_t i = c; i < min_i64(c + 8, g.c_count); ++i)
+            bits |= unsigned(is_plus(p.x, p.dtype, first + w * p.x_strides[3] + i * p.x_strides[1], none)) << (i - c);
+          out[w * g.pixel_bytes + c / 8] = uint8_t(bits);
+        }
+        nan[w * p.groups + group] = none;
+      }
+    }
+  }
 }
 
 // The weights of one output channel in the order of a window: taps, then channels. Returns whether one is NaN.
@@ -190,18 +228,20 @@ void binary_conv2d(const BinaryConv2dParams& p) {
   uint8_t* weights = base + g.weights;
   uint8_t* weight_nan = base + g.weight_nan;
   auto* tap_sums = reinterpret_cast<int32_t*>(base + g.tap_sums);
+  const BinaryMatmulKernel& kernel = select_binary_matmul_kernel(active_isa());
   const int64_t rows = p.batch * p.height;
   parallel_for(rows, max_i64(1, 32768 / max_i64(1, p.channels * p.width)), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      pack_image_row(p, g, r, pixels + r * p.width * g.pixel_bytes, pixel_nan + r * p.width * p.groups);
+      pack_image_row(p, g, r, pixels + r * p.width * g.pixel_bytes, pixel_nan + r * p.width * p.groups, kernel.pack);
   });
   parallel_for(p.out_channels, max_i64(1, 16384 / max_i64(1, g.c_count * g.taps)), [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o)
       weight_nan[o] = pack_weights(p, g, o, weights + o * g.row_bytes, tap_sums + o * g.taps);
   });
-  const XorCountFn count_xor = select_binary_matmul_kernel(active_isa()).fn;
+  const int64_t used_bytes = g.taps * g.tap_bytes;
   parallel_for(g.slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
     alignas(64) int32_t counts[kTile * kTile];
+    const ScaledSum scaled(p.dtype == DType::kF32 ? p.scale : nullptr, p.dtype == DType::kF32 ? p.bias : nullptr);
     for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
       uint8_t* bits = base + g.slots_begin + slot * g.slot_bytes;
       auto* outside = reinterpret_cast<int32_t*>(bits + kTile * g.row_bytes);
@@ -215,13 +255,20 @@ void binary_conv2d(const BinaryConv2dParams& p) {
                           outside + i * (g.taps + 1));
         for (int64_t o0 = o_begin; o0 < o_end; o0 += kTile) {
           const int64_t n_count = min_i64(kTile, o_end - o0);
-          count_xor(bits, count, weights + o0 * g.row_bytes, n_count, g.row_bytes, counts, kTile);
+          kernel.fn(bits, count, weights + o0 * g.row_bytes, n_count, g.row_bytes, used_bytes, counts, kTile);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t window = first + i;
             const int64_t at = window / (g.out_h * g.out_w) * p.y_strides[0] + window / g.out_w % g.out_h * p.y_strides[2] +
                                window % g.out_w * p.y_strides[3];
             const int32_t* list = outside + i * (g.taps + 1);
             const int32_t wrong = p.pad_value == 0 ? list[0] : 0;
+            if (wrong == 0 && p.dtype == DType::kF32) {
+              float* y = static_cast<float*>(p.y) + at + o0 * p.y_strides[1];
+              for (int64_t n = 0; n < n_count; ++n)
+                y[n * p.y_strides[1]] = scaled.of(g.c_count * g.taps - 2 * int64_t(counts[i * kTile + n]),
+                                                  (nan[i] | weight_nan[o0 + n]) != 0, o0 + n);
+              continue;
+            }
             for (int64_t n = 0; n < n_count; ++n) {
               const int64_t o = o0 + n;
               int64_t sum = g.c_count * g.taps - 2 * int64_t(counts[i * kTile + n]);

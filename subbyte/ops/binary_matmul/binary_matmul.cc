@@ -12,9 +12,10 @@
 namespace subbyte {
 
 #if defined(__x86_64__)
-#define SB_KERNEL(file, isa)                                                                             \
-  namespace file {                                                                                       \
-  void count_xor(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int32_t*, int64_t) noexcept; \
+#define SB_KERNEL(file, isa)                                                                                      \
+  namespace file {                                                                                                \
+  void count_xor(const uint8_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, int32_t*, int64_t) noexcept; \
+  int64_t pack_signs(const void*, DType, int64_t, uint8_t*, bool&) noexcept;                                      \
   }
 namespace binary_matmul_x86 {
 #include "subbyte/ops/binary_matmul/kernels.inc"
@@ -25,22 +26,25 @@ namespace binary_matmul_x86 {
 namespace {
 
 void count_xor_reference(const uint8_t* x, int64_t m_count, const uint8_t* z, int64_t n_count, int64_t row_bytes,
-                         int32_t* counts, int64_t counts_stride) noexcept {
+                         int64_t used_bytes, int32_t* counts, int64_t counts_stride) noexcept {
   for (int64_t m = 0; m < m_count; ++m)
     for (int64_t n = 0; n < n_count; ++n) {
       int32_t count = 0;
-      for (int64_t i = 0; i < row_bytes; ++i) count += std::popcount(unsigned(x[m * row_bytes + i] ^ z[n * row_bytes + i]));
+      for (int64_t i = 0; i < used_bytes; ++i) count += std::popcount(unsigned(x[m * row_bytes + i] ^ z[n * row_bytes + i]));
       counts[m * counts_stride + n] = count;
     }
 }
 
+int64_t pack_signs_reference(const void*, DType, int64_t, uint8_t*, bool&) noexcept { return 0; }
+
 constexpr BinaryMatmulKernel kKernels[] = {
 #if defined(__x86_64__)
-#define SB_KERNEL(file, isa) {"binary_matmul_" #file, isa, binary_matmul_x86::file::count_xor},
+#define SB_KERNEL(file, isa) \
+  {"binary_matmul_" #file, isa, binary_matmul_x86::file::count_xor, binary_matmul_x86::file::pack_signs},
 #include "subbyte/ops/binary_matmul/kernels.inc"
 #undef SB_KERNEL
 #endif
-    {"binary_matmul_reference", Isa::kScalar, count_xor_reference},
+    {"binary_matmul_reference", Isa::kScalar, count_xor_reference, pack_signs_reference},
 };
 
 constexpr int64_t kTile = 32;  // rows of x and of z in a tile of counts
@@ -62,47 +66,10 @@ Workspace lay_out(const BinaryMatmulParams& p) {
   return w;
 }
 
-// Signs of one row, zero bits behind them; returns whether it holds a NaN.
-template <class Plus>
-bool pack_signs(Plus plus, int64_t k, int64_t row_bytes, uint8_t* out) {
-  bool nan = false;
-  int64_t byte = 0;
-  for (; byte * 8 + 8 <= k; ++byte) {
-    unsigned bits = 0;
-    for (int i = 0; i < 8; ++i) bits |= unsigned(plus(byte * 8 + i, nan)) << i;
-    out[byte] = uint8_t(bits);
-  }
-  if (byte * 8 < k) {
-    unsigned bits = 0;
-    for (int64_t i = byte * 8; i < k; ++i) bits |= unsigned(plus(i, nan)) << (i - byte * 8);
-    out[byte++] = uint8_t(bits);
-  }
-  std::memset(out + byte, 0, size_t(row_bytes - byte));
-  return nan;
-}
-
-bool pack_row(const void* data, DType dtype, int64_t begin, int64_t k, int64_t row_bytes, uint8_t* out) {
-  if (dtype == DType::kF32) {
-    const float* v = static_cast<const float*>(data) + begin;
-    return pack_signs(
-        [v](int64_t i, bool& nan) {
-          nan = nan || v[i] != v[i];
-          return v[i] >= 0;
-        },
-        k, row_bytes, out);
-  }
-  if (dtype == DType::kBF16 || dtype == DType::kF16) {
-    // On the bit patterns: +1 unless the sign is set on something other than zero; NaN lies beyond infinity.
-    const uint16_t* v = static_cast<const uint16_t*>(data) + begin;
-    const unsigned infinity = dtype == DType::kBF16 ? 0x7f80u : 0x7c00u;
-    const auto plus = [v, infinity](int64_t i, bool& nan) {
-      const unsigned magnitude = v[i] & 0x7fffu;
-      nan = nan || magnitude > infinity;
-      return magnitude <= infinity && (v[i] < 0x8000u || magnitude == 0);
-    };
-    return pack_signs(plus, k, row_bytes, out);
-  }
-  return pack_signs([&](int64_t i, bool& nan) { return is_plus(data, dtype, begin + i, nan); }, k, row_bytes, out);
+bool pack_row(const void* data, DType dtype, int64_t begin, int64_t k, int64_t row_bytes, uint8_t* out, PackSignsFn pack) {
+  const int64_t bytes = stream_bytes(k, 1);
+  std::memset(out + bytes, 0, size_t(row_bytes - bytes));
+  return pack_sign_row(data, dtype, begin, k, out, pack);
 }
 
 void copy_bits(const uint8_t* bits, int64_t k, int64_t row_bytes, uint8_t* out) {
@@ -120,6 +87,19 @@ const BinaryMatmulKernel& select_binary_matmul_kernel(Isa isa) {
   for (const BinaryMatmulKernel& kernel : kKernels)
     if (kernel.isa <= isa) return kernel;
   return kKernels[std::size(kKernels) - 1];
+}
+
+bool pack_sign_row(const void* v, DType dtype, int64_t begin, int64_t k, uint8_t* out, PackSignsFn pack) noexcept {
+  bool nan = false;
+  int64_t i = pack(static_cast<const uint8_t*>(v) + begin * dtype_bytes(dtype), dtype, k, out, nan);
+  while (i < k) {
+    unsigned bits = 0;
+    const int64_t end = min_i64(i + 8, k);
+    uint8_t& byte = out[i / 8];
+    for (int bit = 0; i < end; ++i, ++bit) bits |= unsigned(is_plus(v, dtype, begin + i, nan)) << bit;
+    byte = uint8_t(bits);
+  }
+  return nan;
 }
 
 int64_t binary_matmul_workspace_bytes(const BinaryMatmulParams& p) { return lay_out(p).total; }
@@ -147,11 +127,12 @@ void binary_matmul(const BinaryMatmulParams& p) {
   uint8_t* zb = xb + w.z_begin;
   uint8_t* x_nan = xb + w.x_marks;
   uint8_t* z_nan = xb + w.z_marks;
+  const BinaryMatmulKernel& kernel = select_binary_matmul_kernel(active_isa());
   const int64_t grain = max_i64(1, 32768 / max_i64(1, p.k));
   parallel_for(w.x_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      x_nan[r] =
-          pack_row(p.x, p.dtype, r / p.m * p.x_batch_stride + r % p.m * p.x_stride, p.k, w.row_bytes, xb + r * w.row_bytes);
+      x_nan[r] = pack_row(p.x, p.dtype, r / p.m * p.x_batch_stride + r % p.m * p.x_stride, p.k, w.row_bytes,
+                          xb + r * w.row_bytes, kernel.pack);
   });
   parallel_for(w.z_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -159,10 +140,12 @@ void binary_matmul(const BinaryMatmulParams& p) {
       z_nan[r] = 0;
       if (p.k == 0) std::memset(out, 0, size_t(w.row_bytes));
       else if (p.z_bits != nullptr) copy_bits(p.z_bits + r * stream_bytes(p.k, 1), p.k, w.row_bytes, out);
-      else z_nan[r] = pack_row(p.z, p.z_dtype, r / p.n * p.z_batch_stride + r % p.n * p.z_stride, p.k, w.row_bytes, out);
+      else
+        z_nan[r] =
+            pack_row(p.z, p.z_dtype, r / p.n * p.z_batch_stride + r % p.n * p.z_stride, p.k, w.row_bytes, out, kernel.pack);
     }
   });
-  const XorCountFn count_xor = select_binary_matmul_kernel(active_isa()).fn;
+  const int64_t used_bytes = stream_bytes(p.k, 1);
   const int64_t strips = ceil_div(p.n, kTile);
   parallel_for(p.batch * strips, 1, [&](int64_t begin, int64_t end) {
     alignas(64) int32_t counts[kTile * kTile];
@@ -172,8 +155,16 @@ void binary_matmul(const BinaryMatmulParams& p) {
       const int64_t z_row = (w.z_rows == p.n ? 0 : b * p.n) + n0;
       for (int64_t m0 = 0; m0 < p.m; m0 += kTile) {
         const int64_t m_count = min_i64(kTile, p.m - m0);
-        count_xor(xb + (x_row + m0) * w.row_bytes, m_count, zb + z_row * w.row_bytes, n_count, w.row_bytes, counts, kTile);
+        kernel.fn(xb + (x_row + m0) * w.row_bytes, m_count, zb + z_row * w.row_bytes, n_count, w.row_bytes, used_bytes, counts,
+                  kTile);
         for (int64_t m = 0; m < m_count; ++m) {
+          if (p.dtype == DType::kF32) {
+            float* y = static_cast<float*>(p.y) + b * p.y_batch_stride + (m0 + m) * p.y_stride + n0;
+            const ScaledSum sum(p.scale, p.bias);
+            for (int64_t n = 0; n < n_count; ++n)
+              y[n] = sum.of(p.k - 2 * int64_t(counts[m * kTile + n]), (x_nan[x_row + m0 + m] | z_nan[z_row + n]) != 0, n0 + n);
+            continue;
+          }
           const int64_t at = b * p.y_batch_stride + (m0 + m) * p.y_stride + n0;
           for (int64_t n = 0; n < n_count; ++n) {
             const int64_t sum = p.k - 2 * int64_t(counts[m * kTile + n]);

@@ -175,6 +175,35 @@ TEST(BinaryMatmul, SumsStayIntegersUntilTheScale) {
   EXPECT_EQ(bf16_to_float(y), 149.0f);
 }
 
+TEST(BinaryMatmul, FindsANanAtEveryPlaceOfALongRowInEveryType) {
+  constexpr int64_t kK = 77;
+  for (int isa = 0; isa <= int(detected_isa()); ++isa) {
+    ScopedIsa forced{Isa(isa)};
+    for (DType t : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64})
+      for (int64_t at = 0; at < kK; ++at) {
+        std::vector<uint8_t> x(size_t(2 * kK * dtype_bytes(t))), z(x.size() / 2), y(size_t(2 * dtype_bytes(t)));
+        for (int64_t i = 0; i < 2 * kK; ++i) store_double(x.data(), t, i, i % 3 == 0 ? -1e30 : i % 3 == 1 ? HUGE_VAL : -0.0);
+        for (int64_t i = 0; i < kK; ++i) store_double(z.data(), t, i, 1);
+        store_double(x.data(), t, at, at % 2 == 0 ? std::nan("") : -std::nan(""));
+        alignas(64) uint8_t memory[1024];
+        BinaryMatmulParams p;
+        p.x = x.data();
+        p.z = z.data();
+        p.y = y.data();
+        p.dtype = p.z_dtype = t;
+        p.m = 2;
+        p.n = p.y_stride = 1;
+        p.k = p.x_stride = p.z_stride = kK;
+        p.workspace = memory;
+        p.workspace_bytes = sizeof(memory);
+        binary_matmul(p);
+        EXPECT_TRUE(std::isnan(load_double(y.data(), t, 0))) << isa_name(Isa(isa)) << " " << dtype_name(t) << " at " << at;
+        // Row 1: elements 77 .. 153, every third of them, from 78 on, negative.
+        EXPECT_EQ(load_double(y.data(), t, 1), double(kK - 2 * 26));
+      }
+  }
+}
+
 TEST(BinaryMatmul, DoesNotDependOnTheNumberOfThreads) {
   const Case c{3, 40, 100, 700};
   set_num_threads(1);

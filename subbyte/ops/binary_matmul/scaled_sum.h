@@ -20,6 +20,22 @@ SB_HD void store_scaled_sum(void* y, DType dtype, int64_t at, int64_t sum, bool 
   store_float(y, dtype, at, nan ? std::bit_cast<float>(uint32_t(0x7fc00000)) : v);
 }
 
+// store_scaled_sum for float32 with what does not change kept at hand.
+class ScaledSum {
+ public:
+  SB_MEMBER_HD ScaledSum(const void* scale, const void* bias)
+      : scale_(scale != nullptr ? *static_cast<const float*>(scale) : 1.0f), bias_(static_cast<const float*>(bias)) {}
+  SB_MEMBER_HD float of(int64_t sum, bool nan, int64_t i) const {
+    float v = float(sum) * scale_;
+    if (bias_ != nullptr) v += bias_[i];
+    return nan ? std::bit_cast<float>(uint32_t(0x7fc00000)) : v;
+  }
+
+ private:
+  float scale_;
+  const float* bias_;
+};
+
 // Whether element i counts as +1; sets `nan` if it is none. Float64 is not rounded first: a tiny negative number is negative.
 SB_HD bool is_plus(const void* v, DType dtype, int64_t i, bool& nan) {
   if (dtype == DType::kF64) {

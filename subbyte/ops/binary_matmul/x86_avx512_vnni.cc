@@ -3,6 +3,9 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
+
+#include "subbyte/base/dtype.h"
 
 namespace subbyte::binary_matmul_x86::avx512_vnni {
 namespace {
@@ -30,10 +33,46 @@ __attribute__((always_inline)) inline void tile(const uint8_t* x, const uint8_t*
     for (int n = 0; n < N; ++n) counts[m * stride + n] = int32_t(_mm512_reduce_add_epi64(total[m][n]));
 }
 
+int64_t pack_f32(const float* v, int64_t k, uint8_t* out, bool& nan) {
+  unsigned none = 0;
+  int64_t i = 0;
+  for (; i + 16 <= k; i += 16) {
+    const __m512 a = _mm512_loadu_ps(v + i);
+    none |= _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const uint16_t bits = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GE_OQ);
+    std::memcpy(out + i / 8, &bits, 2);
+  }
+  nan = nan || none != 0;
+  return i;
+}
+
+// On the bit patterns: +1 unless the sign is set on something other than zero; NaN lies beyond infinity.
+int64_t pack_f16(const uint16_t* v, int infinity, int64_t k, uint8_t* out, bool& nan) {
+  const __m512i low = _mm512_set1_epi16(0x7fff), top = _mm512_set1_epi16(int16_t(infinity));
+  uint32_t none = 0;
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) {
+    const __m512i a = _mm512_loadu_si512(v + i), magnitude = _mm512_and_si512(a, low);
+    const uint32_t beyond = _mm512_cmpgt_epi16_mask(magnitude, top);
+    const uint32_t minus = _mm512_movepi16_mask(a) & _mm512_test_epi16_mask(magnitude, magnitude), bits = ~(minus | beyond);
+    none |= beyond;
+    std::memcpy(out + i / 8, &bits, 4);
+  }
+  nan = nan || none != 0;
+  return i;
+}
+
 }  // namespace
 
-void count_xor(const uint8_t* x, int64_t m_count, const uint8_t* z, int64_t n_count, int64_t row_bytes, int32_t* counts,
-               int64_t stride) noexcept {
+int64_t pack_signs(const void* v, DType dtype, int64_t k, uint8_t* out, bool& nan) noexcept {
+  if (dtype == DType::kF32) return pack_f32(static_cast<const float*>(v), k, out, nan);
+  if (dtype == DType::kBF16) return pack_f16(static_cast<const uint16_t*>(v), 0x7f80, k, out, nan);
+  if (dtype == DType::kF16) return pack_f16(static_cast<const uint16_t*>(v), 0x7c00, k, out, nan);
+  return 0;
+}
+
+void count_xor(const uint8_t* x, int64_t m_count, const uint8_t* z, int64_t n_count, int64_t row_bytes, int64_t /*used_bytes*/,
+               int32_t* counts, int64_t stride) noexcept {
   for (int64_t m = 0; m < m_count; m += 4)
     for (int64_t n = 0; n < n_count; n += 4) {
       const uint8_t* xr = x + m * row_bytes;
