@@ -171,7 +171,7 @@ at::Tensor ops::gptq_unpack_zeros(const at::Tensor& qzeros, int64_t bits, int64_
       (qzeros.scalar_type() == at::kInt || qzeros.scalar_type() == at::kLong) && qzeros.dim() == 2 && qzeros.size(1) == words,
       "gptq_unpack_zeros: qzeros is ", qzeros.scalar_type(), " ", qzeros.sizes(), ", expected int32 [groups, ", words,
       "] for N = ", out_features, " and ", bits, " bits");
-  const at::Tensor stream = qzeros.to(at::kInt).contiguous().view(at::kByte).narrow(1, 0, bytes);
+  const at::Tensor stream = qzeros.to(at::kInt).clone(at::MemoryFormat::Contiguous).view(at::kByte).narrow(1, 0, bytes);
   return unpack(stream.contiguous(), format, out_features).to(at::kInt).add_(zeros_minus);
 }
 

@@ -15,20 +15,38 @@ class IntegerParameter(torch.nn.Parameter):
     grad: None or a tensor of this shape, of any dtype. Backward passes add to it.
     """
 
-    _attributes = ()  # names of further attributes, with these defaults: None
+    _attributes = ()  # names of further attributes and arguments, in this order
+    _defaults = {}  # what they are when not given, unless None
 
-    def __new__(cls, data=None, requires_grad=True, **attributes):
+    def __new__(cls, data=None, requires_grad=True, *values, **attributes):
         data = torch.empty(0) if data is None else data
         self = torch.Tensor._make_subclass(cls, data.detach(), False)
         self._wants_grad = bool(requires_grad)
         self._held_grad = None
+        self._touches = 0
         return self
 
-    def __init__(self, data=None, requires_grad=True, **attributes):
+    def __init__(self, data=None, requires_grad=True, *values, **attributes):
+        attributes = {**dict(zip(self._attributes, values)), **attributes}
         for name in self._attributes:
-            setattr(self, name, attributes.pop(name, None))
+            setattr(self, name, attributes.pop(name, self._defaults.get(name)))
         if attributes:
             raise TypeError(f"{type(self).__name__}: unknown argument {next(iter(attributes))}")
+
+    @property
+    def data(self):
+        self._touches += 1  # the caller may write to it, which no version counter sees
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        self._touches += 1
+        torch.Tensor.data.__set__(self, value)
+
+    @property
+    def content_version(self):
+        """Changes whenever the data may have changed: what is derived from them (packed forms) is good for one version."""
+        return self._touches, self._version
 
     @property
     def requires_grad(self):
@@ -67,16 +85,16 @@ class IntegerParameter(torch.nn.Parameter):
         if id(self) in memo:
             return memo[id(self)]
         copied = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in self._state().items()}
-        result = type(self)(self.data.clone(), self._wants_grad, **copied)
+        result = type(self)(self.detach().clone(), self._wants_grad, **copied)
         result._held_grad = None if self._held_grad is None else self._held_grad.clone()
         memo[id(self)] = result
         return result
 
     def __reduce_ex__(self, protocol):
-        return _rebuild, (type(self), self.data, self._wants_grad, self._state())
+        return _rebuild, (type(self), self.detach(), self._wants_grad, self._state())
 
     def __repr__(self, *, tensor_contents=None):
-        return f"{type(self).__name__}({self.data!r}, requires_grad={self._wants_grad})"
+        return f"{type(self).__name__}({self.detach()!r}, requires_grad={self._wants_grad})"
 
     @staticmethod
     def update(
@@ -126,7 +144,7 @@ def float_stand_in(parameter, dtype=torch.float32):
     """The values of an integer parameter as a float leaf whose gradient goes to parameter.grad; ordinary tensors as they are."""
     if not isinstance(parameter, IntegerParameter):
         return parameter
-    values = parameter.data.to(dtype)
+    values = parameter.detach().to(dtype)
     if wants_gradient(parameter):
         if values.data_ptr() == parameter.data_ptr():
             values = values.clone()

@@ -39,13 +39,24 @@ _OPERATORS = _same(
     "bit_set",
     "get_binary_row",
     "get_binary_col",
-)
+) | _same(".mpq", "gptq_style_unpacking", "gptq_style_zeros_packing")
 _REPLACE = _same(
     ".layer_replacement",
+    "quantize_linear_with_mpq_linear_cuda",
+    "quantize_linear_with_q4_linear_cutlass",
     "collect_layers",
     "replace_layers",
     "get_mpq_config",
 )
+
+
+_NBIT_FUNCTIONS = _same(".nbit", "Q4LinearFunction", "Q4MatMulFunction")
+_NBIT_LINEAR = {
+    **_same(".nbit", "nBitLinearBase", "nBitLinearParameter"),
+    **_same(".mpq", "MPQLinearBase", "MPQWeightParameter"),
+}
+_NBIT_CONV = _same(".nbit", "nBitConv2dBase", "nBitConvParameter")
+_MPQ_PACKING = _same(".mpq", "unpack_qweight", "pack_fp_weight", "make_group_map")
 
 BITORCH_ENGINE_PATHS = {
     "bitorch_engine": _same(".extensions", "initialize", "torch_int_gradients_support"),
@@ -53,6 +64,26 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.functions.cuda": _PACKING,
     "bitorch_engine.functions.cuda.functions": _PACKING,
     "bitorch_engine.layers": {},
+    "bitorch_engine.layers.qembedding": {},
+    "bitorch_engine.layers.qconv": {},
+    "bitorch_engine.layers.qconv.nbit": _NBIT_CONV,
+    "bitorch_engine.layers.qconv.nbit.cutlass": _same(".nbit", "Q4Conv2dCutlass"),
+    "bitorch_engine.layers.qconv.nbit.layer": _NBIT_CONV,
+    "bitorch_engine.layers.qlinear": {},
+    "bitorch_engine.layers.qlinear.nbit": _NBIT_LINEAR,
+    "bitorch_engine.layers.qlinear.nbit.cuda": _same(".mpq", "MPQLinearCuda", "MBWQLinearCuda"),
+    "bitorch_engine.layers.qlinear.nbit.cuda.mbwq_layer": _same(".mpq", "MBWQLinearCuda"),
+    "bitorch_engine.layers.qlinear.nbit.cuda.mpq_layer": _same(".mpq", "MPQLinearCuda", "MPQLinearCudaFunction"),
+    "bitorch_engine.layers.qlinear.nbit.cuda.utils": _MPQ_PACKING,
+    "bitorch_engine.layers.qlinear.nbit.cutlass": _same(".nbit", "Q4LinearCutlass", "Q4MatMul", "Q8LinearCutlass"),
+    "bitorch_engine.layers.qlinear.nbit.cutlass.q4_layer": {
+        **_same(".nbit", "Q4LinearCutlass", "Q4MatMul"),
+        **_NBIT_FUNCTIONS,
+    },
+    "bitorch_engine.layers.qlinear.nbit.cutlass.q8_layer": _same(".nbit", "Q8LinearCutlass", "Q8LinearFunction"),
+    "bitorch_engine.layers.qlinear.nbit.layer": _NBIT_LINEAR,
+    "bitorch_engine.layers.qlinear.nbit.mps": _same(".mpq", "MPQLinearMlx"),
+    "bitorch_engine.layers.qmha": {},
     "bitorch_engine.utils": {},
     "bitorch_engine.utils.convert": _REPLACE,
     "bitorch_engine.utils.model_helper": _PREPARE,
