@@ -438,9 +438,7 @@ def test_mbwq_of_mixed_widths_takes_int64_words(widths, device):
     group_map = layer.q_group_map.cpu()
     left = [int((groups[i:] == groups[i]).sum()) for i in range(k)]
     assert torch.equal(group_map[0::2].long(), groups) and group_map[1::2].tolist() == left
-    values = layer.exl2fp_weight(
-        layer.qweight, layer.scales, layer.zeros, layer.q_perm, layer.q_group_map, layer.qweight.rows
-    )
+    values = layer.exl2fp_weight(layer.qweight, layer.scales, layer.zeros, layer.q_perm, layer.q_group_map, layer.qweight.rows)
     torch.testing.assert_close(values.cpu().double(), w, rtol=1e-3, atol=1e-3)
 
 

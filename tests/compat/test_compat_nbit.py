@@ -20,9 +20,7 @@ def cutlass():
 def functions():
     from bitorch_engine.layers.qlinear.nbit.cutlass import q4_layer, q8_layer
 
-    return types.SimpleNamespace(
-        q4=q4_layer.Q4LinearFunction, q8=q8_layer.Q8LinearFunction, matmul=q4_layer.Q4MatMulFunction
-    )
+    return types.SimpleNamespace(q4=q4_layer.Q4LinearFunction, q8=q8_layer.Q8LinearFunction, matmul=q4_layer.Q4MatMulFunction)
 
 
 def rounded(v, step, bits, eps=1e-5):
@@ -272,7 +270,9 @@ def test_Q1_Q3_matmul_is_batched_and_each_operand_has_its_own_step(lead, m, n, k
 
 
 def test_Q2_matmul_gradients_are_the_written_ones(device):
-    x, y = torch.randn(2, 3, 5, 9, device=device, requires_grad=True), torch.randn(2, 3, 4, 9, device=device, requires_grad=True)
+    x, y = torch.randn(2, 3, 5, 9, device=device, requires_grad=True), torch.randn(
+        2, 3, 4, 9, device=device, requires_grad=True
+    )
     clips = [torch.tensor(v, device=device, requires_grad=True) for v in (0.2, 0.35)]
     out = functions().matmul.apply(x, y, *clips, torch.tensor(1e-5), True)
     g = torch.randn_like(out)
@@ -372,9 +372,7 @@ def test_conv_gradients_are_the_written_ones(device):
     y = layer(x)
     g = torch.randn_like(y)
     y.backward(g)
-    xd, bias, weight, step = (
-        t.detach().double().requires_grad_() for t in (x, layer.bias_a, layer.weight, layer.scale_a)
-    )
+    xd, bias, weight, step = (t.detach().double().requires_grad_() for t in (x, layer.bias_a, layer.weight, layer.scale_a))
     quantized = Lsq.apply(xd + bias.reshape(1, -1, 1, 1), step, 4)
     F.conv2d(quantized, Lsq.apply(weight, layer.scale_w.double(), 4), padding=1).backward(g.double())
     for ours, theirs in ((x, xd), (layer.bias_a, bias), (layer.weight, weight), (layer.scale_a, step)):

@@ -66,7 +66,9 @@ def test_nv_tensor_quant_refuses_what_it_documents():
 # ---- q8, q4, bits
 
 
-@pytest.mark.parametrize("name, low, high, divisor", [("q8_quantization", -128, 127, 11.269), ("q4_quantization", -8, 7, 5.6345)])
+@pytest.mark.parametrize(
+    "name, low, high, divisor", [("q8_quantization", -128, 127, 11.269), ("q4_quantization", -8, 7, 5.6345)]
+)
 def test_qn_quantization_is_its_formula_and_eps_has_a_default(name, low, high, divisor, device):
     function = getattr(operators(), name)
     x = torch.randn(9, 5, device=device, dtype=torch.bfloat16)

@@ -60,7 +60,7 @@ def q4_pack_tensor(input, is_transpose=False):
 
 
 def q4_unpack_tensor(input, is_transpose=False, signed=True):
-    """The inverse of q4_pack_tensor: int32 [..., 2P] from int8 [..., P], values -8..7; signed=False gives the raw nibbles 0..15.
+    """The inverse of q4_pack_tensor: int32 [..., 2P] from int8 [..., P], values -8..7 (signed=False: nibbles 0..15).
 
     is_transpose swaps the last two axes of the values, so it undoes q4_pack_tensor(..., is_transpose=True).
     """

@@ -138,21 +138,3 @@ def gradient_handle(shape, dtype, device, receive):
 
     handle.register_post_accumulate_grad_hook(hand_over)
     return handle
-
-
-def float_stand_in(parameter, dtype=torch.float32):
-    """The values of an integer parameter as a float leaf whose gradient goes to parameter.grad; ordinary tensors as they are."""
-    if not isinstance(parameter, IntegerParameter):
-        return parameter
-    values = parameter.detach().to(dtype)
-    if wants_gradient(parameter):
-        if values.data_ptr() == parameter.data_ptr():
-            values = values.clone()
-        values.requires_grad_()
-
-        def hand_over(leaf):
-            gradient, leaf.grad = leaf.grad, None
-            parameter.accumulate_grad(gradient)
-
-        values.register_post_accumulate_grad_hook(hand_over)
-    return values

@@ -86,9 +86,7 @@ def quantize_linear_with_binary_linear_cuda(module, names, dtype=torch.float, pa
 
     def replacement(linear):
         _warn_of_bias(linear, "BinaryLinearCuda")
-        layer = BinaryLinearCuda(
-            linear.in_features, linear.out_features, device=linear.weight.device, dtype=dtype
-        )
+        layer = BinaryLinearCuda(linear.in_features, linear.out_features, device=linear.weight.device, dtype=dtype)
         layer.set_weight_data(linear.weight.detach().clone())
         return layer
 

@@ -84,7 +84,7 @@ def _is_safetensors(path):
 
 
 def save_checkpoint(model, name, qweight_only=True):
-    """Packs a copy of the model and saves {'state_dict': ...} of plain tensors; a name ending in .safetensors has no such level.
+    """Packs a copy of the model and saves {'state_dict': ...} of plain tensors, or for *.safetensors the tensors alone.
 
     The model itself is not changed. The file appears under its name when it is complete.
     """

@@ -116,7 +116,7 @@ class MPQWeightParameter(IntegerParameter):
         projector=None,
         grad=None,
     ):
-        """One step of subbyte.mpq.mpq_update_ on words and zeros in place: m = exp_avg_l, v = exp_avg_s, of the gradient's shape.
+        """One step of subbyte.mpq.mpq_update_ on words and zeros in place; m = exp_avg_l, v = exp_avg_s, like the gradient.
 
         The gradient is [k, n], or what the projector makes of it. Codes are rounded stochastically. step: a tensor of one
         element, counted up, or None for the first step. dtype has no effect: values are float32.
@@ -396,9 +396,7 @@ class MPQLinearBase(PackedLayer, torch.nn.Module):
         )
         if layer.asym:  # GPTQ rows hold whole zeros from 1 on
             packed.zeros = packed.zeros.round().clamp(1, 2**layer.w_bit)
-            packed.codes = _ops.encode(
-                weight, packed.scales, packed.zeros, None, None, packed.format, packed.group_size
-            )
+            packed.codes = _ops.encode(weight, packed.scales, packed.zeros, None, None, packed.format, packed.group_size)
         exported = mpq.export(packed, asym=layer.asym)
         layer.set_qweight_data(exported.qweight)
         layer.scales = exported.scales
@@ -498,9 +496,7 @@ class MBWQLinearCuda(MPQLinearBase):
         if not self.use_mbw:
             return mpq.import_parameter(self.qweight).weight
         words = self.qweight.detach().to(torch.int32)
-        return mpq.exl2_import(
-            words, self.q_groups, self.scales, self.zeros, self.q_perm, in_features=self.in_channels
-        ).weight
+        return mpq.exl2_import(words, self.q_groups, self.scales, self.zeros, self.q_perm, in_features=self.in_channels).weight
 
     def packed_weight(self):
         parts = [getattr(self, name, None) for name in ("qweight", "scales", "zeros", "q_perm", "q_groups")]

@@ -2,7 +2,6 @@
 
 import torch
 
-
 STALE = "stale"  # as a version: of no weight
 
 

@@ -44,6 +44,7 @@ _REPLACE = _same(
     ".layer_replacement",
     "quantize_linear_with_mpq_linear_cuda",
     "quantize_linear_with_q4_linear_cutlass",
+    "quantize_linear_with_binary_linear_cuda",
     "collect_layers",
     "replace_layers",
     "get_mpq_config",
@@ -56,6 +57,8 @@ _NBIT_LINEAR = {
     **_same(".mpq", "MPQLinearBase", "MPQWeightParameter"),
 }
 _NBIT_CONV = _same(".nbit", "nBitConv2dBase", "nBitConvParameter")
+_BINARY_LINEAR = _same(".binary", "BinaryLinear", "BinaryLinearBase", "BinaryLinearParameter")
+_BINARY_CONV = _same(".binary", "BinaryConv2dBase", "BinaryConvParameter")
 _MPQ_PACKING = _same(".mpq", "unpack_qweight", "pack_fp_weight", "make_group_map")
 
 BITORCH_ENGINE_PATHS = {
@@ -66,10 +69,22 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.layers": {},
     "bitorch_engine.layers.qembedding": {},
     "bitorch_engine.layers.qconv": {},
+    "bitorch_engine.layers.qconv.binary": _BINARY_CONV,
+    "bitorch_engine.layers.qconv.binary.cpp": _same(".binary", "BinaryConv2dCPP"),
+    "bitorch_engine.layers.qconv.binary.cutlass": _same(".binary", "BinaryConv2dCutlass"),
+    "bitorch_engine.layers.qconv.binary.layer": _BINARY_CONV,
     "bitorch_engine.layers.qconv.nbit": _NBIT_CONV,
     "bitorch_engine.layers.qconv.nbit.cutlass": _same(".nbit", "Q4Conv2dCutlass"),
     "bitorch_engine.layers.qconv.nbit.layer": _NBIT_CONV,
-    "bitorch_engine.layers.qlinear": {},
+    "bitorch_engine.layers.qlinear": _same(".binary", "QLinearInf"),
+    "bitorch_engine.layers.qlinear.binary": _BINARY_LINEAR,
+    "bitorch_engine.layers.qlinear.binary.cpp": _same(".binary", "BinaryLinearCPP"),
+    "bitorch_engine.layers.qlinear.binary.cuda": _same(".binary", "BinaryLinearCuda", "BMM"),
+    "bitorch_engine.layers.qlinear.binary.cutlass": _same(".binary", "BinaryLinearCutlass", "BinaryMatMul"),
+    "bitorch_engine.layers.qlinear.binary.cutlass.layer": _same(
+        ".binary", "BinaryLinearCutlass", "BinaryMatMul", "BinaryMatMulFunction"
+    ),
+    "bitorch_engine.layers.qlinear.binary.layer": _BINARY_LINEAR,
     "bitorch_engine.layers.qlinear.nbit": _NBIT_LINEAR,
     "bitorch_engine.layers.qlinear.nbit.cuda": _same(".mpq", "MPQLinearCuda", "MBWQLinearCuda"),
     "bitorch_engine.layers.qlinear.nbit.cuda.mbwq_layer": _same(".mpq", "MBWQLinearCuda"),
@@ -84,6 +99,11 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.layers.qlinear.nbit.layer": _NBIT_LINEAR,
     "bitorch_engine.layers.qlinear.nbit.mps": _same(".mpq", "MPQLinearMlx"),
     "bitorch_engine.layers.qmha": {},
+    "bitorch_engine.layers.qmha.binary": _same(".binary", "BMHA"),
+    "bitorch_engine.layers.qmha.binary.layer": _same(".binary", "BMHA", "LearnableBias"),
+    "bitorch_engine.optim": _same("..optim", "DiodeMix", "GaLoreProjector"),
+    "bitorch_engine.optim.diode_beta": _same("..optim", "DiodeMix"),
+    "bitorch_engine.optim.galore_projector": _same("..optim", "GaLoreProjector"),
     "bitorch_engine.utils": {},
     "bitorch_engine.utils.convert": _REPLACE,
     "bitorch_engine.utils.model_helper": _PREPARE,
@@ -91,4 +111,22 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.utils.safe_import": _same(".extensions", "import_extension"),
 }
 
-BITLINEAR_PATHS = {}
+_TERNARY_FUNCTIONS = (
+    "activation_quant",
+    "bitlinear_python",
+    "greedy_ternary_decomposition",
+    "multi_ternary_linear_python",
+)
+_TERNARY_LAYERS = ("BitLinear", "MultiTernaryLinear", "convert_linear_to_bitlinear")
+_TERNARY_QUANTIZERS = ("absmax_scale", "activation_quant", "ternary_quantize", "weight_to_ternary")
+_TERNARY_PACKING = ("estimate_memory_savings", "pack_ternary_base3", "unpack_ternary_base3")
+
+BITLINEAR_PATHS = {
+    "bitlinear": _same(
+        ".bitlinear", *_TERNARY_FUNCTIONS, *_TERNARY_LAYERS, *_TERNARY_QUANTIZERS[::2], "weight_to_ternary", *_TERNARY_PACKING
+    ),
+    "bitlinear.functional": _same(".bitlinear.functional", *_TERNARY_FUNCTIONS),
+    "bitlinear.layers": _same(".bitlinear.layers", *_TERNARY_LAYERS),
+    "bitlinear.packing": _same(".bitlinear.packing", *_TERNARY_PACKING),
+    "bitlinear.quantization": _same(".bitlinear.quantization", *_TERNARY_QUANTIZERS),
+}

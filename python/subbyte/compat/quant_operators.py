@@ -118,7 +118,7 @@ def get_binary_row(nd_row, binary_row, nd_size, bits_per_binary_word):
 
 
 def get_binary_col(nd_col, binary_col, dim_n, dim_k, bits_per_binary_word):
-    """Packs the signs of a [dim_n, dim_k] matrix down its columns: bit j of word y * dim_k + x is that of element (y * w + j, x).
+    """Packs the signs of a [dim_n, dim_k] matrix down its columns: word y * dim_k + x, bit j is element (y * w + j, x).
 
     dim_n must be a multiple of w. Fills and returns binary_col. This is the layout of BinaryLinearCPP.qweight, on the
     transposed weight.

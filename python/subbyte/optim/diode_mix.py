@@ -60,7 +60,7 @@ class DiodeMix(torch.optim.Optimizer):
 
     Raises:
         ValueError: for lr, eps or weight_decay below 0, betas outside [0, 1), unknown options.
-        RuntimeError: for a sparse gradient of anything but a binary table.
+        RuntimeError: for a sparse gradient of anything but a binary table or a class with a rule of its own.
 
     Steps are counted on the host, and nothing waits for the device but the singular vectors of GaLore and the touched rows of a
     sparse gradient. The state_dict holds tensors, numbers and strings only.
@@ -166,14 +166,15 @@ class DiodeMix(torch.optim.Optimizer):
 
     def _step_one(self, p, g, group):
         rule = self._rule_of(p, group)
-        table = rule is _binary and g.layout != torch.strided
-        if g.layout != torch.strided and not table:
-            raise RuntimeError("DiodeMix: sparse gradients are taken by binary tables alone")
+        sparse = g.layout != torch.strided
+        table = rule is _binary and sparse
+        if sparse and not table and rule is not _own_class:
+            raise RuntimeError("DiodeMix: sparse gradients are taken by binary tables, and classes with a rule of their own, alone")
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros(1)
         projector = None
-        if "rank" in group and g.dim() == 2 and not table:
+        if "rank" in group and g.dim() == 2 and not sparse:
             projector = GaLoreProjector(**{key: group[key] for key in _GALORE_KEYS})
             projector.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("galore_")})
             g = projector.project(g.to(_DTYPES[group["dtype"]]), int(state["step"]))
