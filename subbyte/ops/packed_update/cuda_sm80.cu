@@ -91,6 +91,42 @@ __device__ __forceinline__ void store_stream(uint8_t* p, uint64_t v, int bits, i
     if (j < bytes) p[j] = uint8_t(v >> (8 * j));
 }
 
+// Eight codes of a stream, one a register, and back. Widths known to the compiler cost one instruction a code.
+template <int kBits>
+__device__ __forceinline__ void spread_as(uint64_t stream, uint32_t (&codes)[kRun]) {
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) codes[j] = uint32_t(stream >> (kBits * j)) & ((1u << kBits) - 1u);
+}
+template <int kBits>
+__device__ __forceinline__ uint64_t gathered_as(const uint32_t (&codes)[kRun]) {
+  uint64_t stream = 0;
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) stream |= uint64_t(codes[j]) << (kBits * j);
+  return stream;
+}
+__device__ __forceinline__ void spread(uint64_t stream, int bits, uint32_t (&codes)[kRun]) {
+  switch (bits) {
+    case 1: return spread_as<1>(stream, codes);
+    case 2: return spread_as<2>(stream, codes);
+    case 4: return spread_as<4>(stream, codes);
+    case 8: return spread_as<8>(stream, codes);
+  }
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) codes[j] = uint32_t(stream >> (bits * j)) & ((1u << bits) - 1u);
+}
+__device__ __forceinline__ uint64_t gathered(const uint32_t (&codes)[kRun], int bits) {
+  switch (bits) {
+    case 1: return gathered_as<1>(codes);
+    case 2: return gathered_as<2>(codes);
+    case 4: return gathered_as<4>(codes);
+    case 8: return gathered_as<8>(codes);
+  }
+  uint64_t stream = 0;
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) stream |= uint64_t(codes[j]) << (bits * j);
+  return stream;
+}
+
 template <DType kType>
 __device__ __forceinline__ void load_gradient(const PackedUpdateParams& p, int64_t n, int64_t k, int count, bool wide,
                                               float (&out)[kRun]) {
@@ -130,10 +166,12 @@ __device__ __forceinline__ void load_moment(const MomentView& moment, int64_t ro
     const int bits = moment.type == MomentType::kQ8 ? 8 : 4;
     const uint64_t stream = load_stream(row + k / 8 * bits, bits, count, wide);
     const MomentGrid grid{kSigned ? signed_levels(moment.type) : unsigned_levels(moment.type),
-                          moment.absmax[n * blocks + k / kMomentBlock], 0.0f, 0.0f};
+                          moment.absmax[n * blocks + k / kMomentBlock], 0.0f};
+    uint32_t codes[kRun];
+    spread(stream, bits, codes);
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
-      const float code = small_to_float(uint32_t(stream >> (bits * j)) & ((1u << bits) - 1u));
+      const float code = small_to_float(codes[j]);
       out[j] = j >= count ? 0.0f : kSigned ? signed_value<ScalarLane>(grid, code) : unsigned_value<ScalarLane>(grid, code);
     }
   }
@@ -141,8 +179,7 @@ __device__ __forceinline__ void load_moment(const MomentView& moment, int64_t ro
 
 template <bool kSigned>
 __device__ __forceinline__ void store_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, int64_t n, int64_t k,
-                                             int count, bool wide, const float (&values)[kRun], const float (&roots)[kRun],
-                                             const uint32_t (&words)[kRun]) {
+                                             int count, bool wide, const float (&values)[kRun], const uint32_t (&words)[kRun]) {
   constexpr uint32_t kMix = kSigned ? kMixM : kMixV;
   uint8_t* const row = static_cast<uint8_t*>(moment.data) + n * row_bytes;
   if (moment.type == MomentType::kNone) return;
@@ -168,16 +205,14 @@ __device__ __forceinline__ void store_moment(const MomentView& moment, int64_t r
   if (k % kMomentBlock == 0) moment.absmax[n * blocks + k / kMomentBlock] = absmax;
   const MomentGrid grid = moment_grid(kSigned ? signed_levels(moment.type) : unsigned_levels(moment.type), absmax);
   const int bits = moment.type == MomentType::kQ8 ? 8 : 4;
-  uint64_t stream = 0;
-  if (absmax != 0.0f) {
+  uint32_t codes[kRun];
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      const float u = uniform24(words[j] * kMix);
-      const float code =
-          kSigned ? signed_code<ScalarLane>(grid, values[j], u) : unsigned_code<ScalarLane>(grid, values[j], roots[j], u);
-      if (j < count) stream |= uint64_t(uint32_t(code)) << (bits * j);
-    }
+  for (int j = 0; j < kRun; ++j) {
+    const float u = uniform24(words[j] * kMix);
+    const float code = kSigned ? signed_code<ScalarLane>(grid, values[j], u) : unsigned_code<ScalarLane>(grid, values[j], u);
+    codes[j] = absmax != 0.0f && j < count ? uint32_t(code) : 0u;
   }
+  const uint64_t stream = gathered(codes, bits);
   store_stream(row + k / 8 * bits, stream, bits, count, wide);
 }
 
@@ -203,12 +238,13 @@ __device__ __forceinline__ void random_words(uint64_t seed, uint64_t offset, uin
 
 template <UpdateRule kRule, DType kGrad>
 __global__ void __launch_bounds__(256)
-    update_kernel(const __grid_constant__ PackedUpdateParams p, const __grid_constant__ Aligned aligned) {
+    update_kernel(const __grid_constant__ PackedUpdateParams p, const __grid_constant__ UpdateNumbers host_values,
+                  const __grid_constant__ Aligned aligned) {
   const PackedMatrix& w = p.w;
   const int64_t k = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kRun;  // a warp's lanes are one moment block
   const int count = int(max_i64(0, min_i64(kRun, w.k - k)));                  // 0: a lane past the row's end, for the shuffles
   if (k - k % kMomentBlock >= w.k) return;                                    // the whole warp is past it
-  const UpdateNumbers c = update_numbers(p);
+  const UpdateNumbers c = update_numbers(p, host_values);
   const int64_t blocks = ceil_div(w.k, kMomentBlock), groups = w.groups(), residual_bytes = stream_bytes(w.k, p.residual_bits);
   const int64_t m_bytes = moment_row_bytes(p.m.type, w.k), v_bytes = moment_row_bytes(p.v.type, w.k);
   const Segment& s = segment_of(w.layout, min_i64(k, w.k - 1));
@@ -216,7 +252,7 @@ __global__ void __launch_bounds__(256)
   const float fixed_zero = format_fixed_zero(s.format), top = float((format_levels(s.format) << p.residual_bits) - 1);
   const int64_t first_group = k / w.group_size, code_at = s.byte_begin + (k - s.k_begin) / 8 * bits;
   for (int64_t n = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; n < w.n; n += int64_t(gridDim.y) * blockDim.y) {
-    alignas(16) float grad[kRun], m[kRun], v[kRun], roots[kRun];
+    alignas(16) float grad[kRun], m[kRun], v[kRun];
     uint32_t words[kRun];
     uint8_t* const codes = p.codes + n * w.layout.row_bytes + code_at;
     uint8_t* const residual = p.residual + n * residual_bytes + k / 8 * p.residual_bits;
@@ -229,7 +265,9 @@ __global__ void __launch_bounds__(256)
     load_moment<true>(p.m, m_bytes, blocks, n, k, count, aligned.m, m);
     if constexpr (kRule == UpdateRule::kAdamW) load_moment<false>(p.v, v_bytes, blocks, n, k, count, aligned.v, v);
     random_words(p.seed, c.offset, (p.first_row + uint64_t(n)) * uint64_t(w.k) + uint64_t(k), words);
-    uint64_t stream_after = 0, low_after = 0;
+    uint32_t codes_now[kRun], low_now[kRun];
+    spread(stream, bits, codes_now);
+    if (p.residual_bits > 0) spread(low, p.residual_bits, low_now);
     int64_t group_index = first_group, group_end = (first_group + 1) * w.group_size;
     GroupStep group{true, 0.0f, 0.0f, 0.0f};
     auto enter_group = [&] {
@@ -240,7 +278,8 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int j = 0; j < kRun; ++j) {
       if (j >= count) {
-        m[j] = v[j] = roots[j] = 0.0f;
+        m[j] = v[j] = 0.0f;
+        codes_now[j] = low_now[j] = 0;
         continue;
       }
       if (k + j == group_end) {
@@ -248,34 +287,32 @@ __global__ void __launch_bounds__(256)
         group_end += w.group_size;
         enter_group();
       }
-      uint32_t code = uint32_t(stream >> (bits * j)) & ((1u << bits) - 1u);
-      if (p.residual_bits > 0)
-        code = code << p.residual_bits | (uint32_t(low >> (p.residual_bits * j)) & ((1u << p.residual_bits) - 1u));
+      uint32_t code = codes_now[j];
+      if (p.residual_bits > 0) code = code << p.residual_bits | low_now[j];
       Element<ScalarLane> e;
       e.m = m[j];
       e.v = kRule == UpdateRule::kAdamW ? v[j] : 0.0f;
-      e.root = 0.0f;
       e.q = small_to_float(code);
       e = stepped<kRule, ScalarLane>(c, group, top, grad[j], e, uniform24(words[j]));
       code = uint32_t(e.q);
-      stream_after |= uint64_t(code >> p.residual_bits) << (bits * j);
-      if (p.residual_bits > 0) low_after |= uint64_t(code & ((1u << p.residual_bits) - 1u)) << (p.residual_bits * j);
+      codes_now[j] = code >> p.residual_bits;
+      low_now[j] = code & ((1u << p.residual_bits) - 1u);
       m[j] = e.m;
       v[j] = e.v;
-      roots[j] = e.root;
     }
     if (count > 0) {
-      store_stream(codes, stream_after, bits, count, aligned.codes);
-      if (p.residual_bits > 0) store_stream(residual, low_after, p.residual_bits, count, aligned.residual);
+      store_stream(codes, gathered(codes_now, bits), bits, count, aligned.codes);
+      if (p.residual_bits > 0)
+        store_stream(residual, gathered(low_now, p.residual_bits), p.residual_bits, count, aligned.residual);
     }
-    store_moment<true>(p.m, m_bytes, blocks, n, k, count, aligned.m, m, roots, words);
-    if constexpr (kRule == UpdateRule::kAdamW)
-      store_moment<false>(p.v, v_bytes, blocks, n, k, count, aligned.v, v, roots, words);
+    store_moment<true>(p.m, m_bytes, blocks, n, k, count, aligned.m, m, words);
+    if constexpr (kRule == UpdateRule::kAdamW) store_moment<false>(p.v, v_bytes, blocks, n, k, count, aligned.v, v, words);
   }
 }
 
-__global__ void __launch_bounds__(64) update_rows_kernel(const __grid_constant__ PackedUpdateParams p) {
-  const UpdateNumbers c = update_numbers(p);
+__global__ void __launch_bounds__(64)
+    update_rows_kernel(const __grid_constant__ PackedUpdateParams p, const __grid_constant__ UpdateNumbers host_values) {
+  const UpdateNumbers c = update_numbers(p, host_values);
   for (int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; n < p.w.n; n += int64_t(gridDim.x) * blockDim.x)
     update_row(p, c, n);
 }
@@ -297,6 +334,7 @@ void packed_update(const PackedUpdateParams& p, Stream stream) {
   if (!check_packed_update(p)) return;
   const PackedMatrix& w = p.w;
   const char* op = update_rule_name(p.rule);
+  const UpdateNumbers numbers = host_numbers(p);
   bool on_bytes = true, codes_aligned = true;
   for (int i = 0; i < w.layout.segment_count; ++i) {
     const Segment& s = w.layout.segments[i];
@@ -305,7 +343,7 @@ void packed_update(const PackedUpdateParams& p, Stream stream) {
                     rows_aligned(p.codes, w.layout.row_bytes, run_alignment(format_bits(s.format)));
   }
   if (!on_bytes) {
-    update_rows_kernel<<<unsigned(min_i64(ceil_div(w.n, 64), 65535)), 64, 0, stream_of(stream)>>>(p);
+    update_rows_kernel<<<unsigned(min_i64(ceil_div(w.n, 64), 65535)), 64, 0, stream_of(stream)>>>(p, numbers);
     return check_launch(op);
   }
   Aligned aligned;
@@ -315,20 +353,24 @@ void packed_update(const PackedUpdateParams& p, Stream stream) {
   aligned.grad = rows_aligned(p.grad, p.grad_stride * dtype_bytes(p.grad_dtype), 16);
   aligned.m = rows_aligned(p.m.data, moment_row_bytes(p.m.type, w.k), run_alignment(moment_bits(p.m.type)));
   aligned.v = rows_aligned(p.v.data, moment_row_bytes(p.v.type, w.k), run_alignment(moment_bits(p.v.type)));
-  // 8 warps a block, along the row where it is long; two rows a thread share what depends on the column.
+  // 8 warps a block, along the row where it is long; four rows a thread share what depends on the column.
   const int64_t blocks = ceil_div(w.k, kMomentBlock);
   unsigned along = 1;
   while (along < 8 && along < blocks) along *= 2;
   const dim3 block(32 * along, 8 / along);
-  const dim3 grid(unsigned(ceil_div(blocks, along)), unsigned(max_i64(1, min_i64(ceil_div(w.n, block.y * 2), 65535))));
+  const dim3 grid(unsigned(ceil_div(blocks, along)), unsigned(max_i64(1, min_i64(ceil_div(w.n, block.y * 4), 65535))));
   dispatch_dtype(p.grad_dtype, [&](auto tag) {
     constexpr DType kGrad = decltype(tag)::value;
     switch (p.rule) {
       case UpdateRule::kAdamW:
-        update_kernel<UpdateRule::kAdamW, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, aligned);
+        update_kernel<UpdateRule::kAdamW, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, numbers, aligned);
         break;
-      case UpdateRule::kSign: update_kernel<UpdateRule::kSign, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, aligned); break;
-      case UpdateRule::kSgd: update_kernel<UpdateRule::kSgd, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, aligned); break;
+      case UpdateRule::kSign:
+        update_kernel<UpdateRule::kSign, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, numbers, aligned);
+        break;
+      case UpdateRule::kSgd:
+        update_kernel<UpdateRule::kSgd, kGrad><<<grid, block, 0, stream_of(stream)>>>(p, numbers, aligned);
+        break;
     }
   });
   check_launch(op);

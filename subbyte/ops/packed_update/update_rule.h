@@ -15,18 +15,26 @@ struct ScalarLane {
   using F = float;
   using M = bool;
   SB_MEMBER_HD static F set(float v) { return v; }
+  SB_MEMBER_HD static F one_if_not_less(F a, F b) { return a >= b ? 1.0f : 0.0f; }
 #if defined(__CUDA_ARCH__)
   SB_MEMBER_HD static F add(F a, F b) { return __fadd_rn(a, b); }
   SB_MEMBER_HD static F sub(F a, F b) { return __fsub_rn(a, b); }
   SB_MEMBER_HD static F mul(F a, F b) { return __fmul_rn(a, b); }
   SB_MEMBER_HD static F div(F a, F b) { return __fdiv_rn(a, b); }
   SB_MEMBER_HD static F sqrt(F a) { return __fsqrt_rn(a); }
+  // Within 2^-10 of the root of a >= 1/4; where only neighbours of the root are wanted.
+  SB_MEMBER_HD static F rough_sqrt(F a) {
+    float root;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(a));
+    return root;
+  }
 #else
   SB_MEMBER_HD static F add(F a, F b) { return a + b; }
   SB_MEMBER_HD static F sub(F a, F b) { return a - b; }
   SB_MEMBER_HD static F mul(F a, F b) { return a * b; }
   SB_MEMBER_HD static F div(F a, F b) { return a / b; }
   SB_MEMBER_HD static F sqrt(F a) { return sqrtf(a); }
+  SB_MEMBER_HD static F rough_sqrt(F a) { return sqrtf(a); }
 #endif
   SB_MEMBER_HD static F floor(F a) { return floorf(a); }
   SB_MEMBER_HD static F abs(F a) { return fabsf(a); }
@@ -47,39 +55,44 @@ constexpr uint32_t kMixM = 0x9E3779B1u, kMixV = 0x85EBCA77u;
 
 // What a step needs of the numbers, in float32. Formed in double where a difference to 1 is wanted.
 struct UpdateNumbers {
-  UpdateRule rule;
   bool nesterov;
   float factor, rate, decay, inverse_root, eps, threshold;
   float keep2, fresh1, fresh2;  // adamw: beta2, 1 - beta1, 1 - beta2; sign: -, 1 - beta1, 1 - beta2
   float momentum, undamped, weight_decay;
   uint64_t offset;
+
+  SB_MEMBER_HD void set_rates(UpdateRule rule, float lr, float correction1, float correction2) {
+    rate = lr;
+    decay = rule == UpdateRule::kSgd ? 0.0f : ScalarLane::mul(lr, weight_decay);
+    if (rule != UpdateRule::kAdamW) return;
+    rate = ScalarLane::div(lr, correction1);
+    inverse_root = ScalarLane::div(1.0f, ScalarLane::sqrt(correction2));
+  }
 };
 
-SB_HD UpdateNumbers update_numbers(const PackedUpdateParams& p) {
+// From the fields alone, and with what stands in memory (`numbers`, `grad_factor`, `counter`). The same numbers by either way.
+SB_HD UpdateNumbers host_numbers(const PackedUpdateParams& p) {
   UpdateNumbers c{};
-  c.rule = p.rule;
+  const bool sgd = p.rule == UpdateRule::kSgd, none = p.m.type == MomentType::kNone;
   c.nesterov = p.nesterov;
-  c.factor = p.grad_factor != nullptr ? *p.grad_factor : 1.0f;
-  if (p.maximize) c.factor = -c.factor;
-  const float lr = p.numbers != nullptr ? p.numbers[0] : float(p.lr);
-  const bool adamw = p.rule == UpdateRule::kAdamW, sgd = p.rule == UpdateRule::kSgd, none = p.m.type == MomentType::kNone;
+  c.factor = p.maximize ? -1.0f : 1.0f;
   c.weight_decay = float(p.weight_decay);
-  c.rate = lr;
-  c.decay = sgd ? 0.0f : ScalarLane::mul(lr, c.weight_decay);
-  if (adamw) {
-    const float correction1 = p.numbers != nullptr ? p.numbers[1] : float(p.bias_correction1);
-    const float correction2 = p.numbers != nullptr ? p.numbers[2] : float(p.bias_correction2);
-    c.rate = ScalarLane::div(lr, correction1);
-    c.inverse_root = ScalarLane::div(1.0f, ScalarLane::sqrt(correction2));
-  }
+  c.set_rates(p.rule, float(p.lr), float(p.bias_correction1), float(p.bias_correction2));
   c.eps = float(p.eps);
   c.threshold = float(p.threshold);
   c.keep2 = float(p.beta2);
   c.fresh1 = none ? 1.0f : float(1.0 - p.beta1);
   c.fresh2 = none ? 1.0f : float(1.0 - p.beta2);
   c.momentum = float(p.momentum);
-  c.undamped = none ? 1.0f : float(1.0 - p.dampening);
-  c.offset = p.offset + (p.counter != nullptr ? uint64_t(*p.counter) : 0u);
+  c.undamped = sgd && none ? 1.0f : float(1.0 - p.dampening);
+  c.offset = p.offset;
+  return c;
+}
+
+SB_HD UpdateNumbers update_numbers(const PackedUpdateParams& p, UpdateNumbers c) {
+  if (p.grad_factor != nullptr) c.factor = c.factor < 0.0f ? -*p.grad_factor : *p.grad_factor;
+  if (p.numbers != nullptr) c.set_rates(p.rule, p.numbers[0], p.numbers[1], p.numbers[2]);
+  if (p.counter != nullptr) c.offset += uint64_t(*p.counter);
   return c;
 }
 
@@ -98,10 +111,10 @@ SB_HD GroupStep group_step(float scale, float zero, ZeroKind kind, int residual_
           V::mul(c.rate, V::mul(inverse, span))};
 }
 
-// One element's (or register's) step. m, v: values before, then after. root: sqrt of the new v.
+// One element's (or register's) step. Values before, then after.
 template <class V>
 struct Element {
-  typename V::F m, v, root, q;
+  typename V::F m, v, q;
 };
 
 template <UpdateRule kRule, class V>
@@ -118,8 +131,7 @@ SB_HD Element<V> stepped(const UpdateNumbers& c, const GroupStep& group, float t
     const F v = V::add(V::mul(V::set(c.keep2), e.v), V::mul(V::set(c.fresh2), V::mul(g, g)));
     e.m = V::pick(usable, m, e.m);
     e.v = V::pick(usable, v, e.v);
-    e.root = V::sqrt(e.v);
-    r = V::div(e.m, V::add(V::mul(e.root, V::set(c.inverse_root)), V::set(c.eps)));
+    r = V::div(e.m, V::add(V::mul(V::sqrt(e.v), V::set(c.inverse_root)), V::set(c.eps)));
   } else if constexpr (kRule == UpdateRule::kSign) {
     const F change = V::sub(g, e.m), mixed = V::add(e.m, V::mul(V::set(c.fresh1), change));
     r = V::pick(V::less(V::set(c.threshold), V::abs(mixed)), V::with_sign_of(V::set(1.0f), mixed), zero);
@@ -144,16 +156,14 @@ SB_HD Element<V> stepped(const UpdateNumbers& c, const GroupStep& group, float t
 
 // What a block of codes means and how values become codes.
 struct MomentGrid {
-  float levels, absmax, inverse, inverse_root;
+  float levels, absmax, inverse;
 };
 SB_HD float signed_levels(MomentType t) { return t == MomentType::kQ8 ? 127.0f : 7.0f; }
 SB_HD float unsigned_levels(MomentType t) { return t == MomentType::kQ8 ? 255.0f : 15.0f; }
 // absmax as it is stored.
 SB_HD float stored_absmax(float absmax) { return absmax < kSmallestDivisor ? 0.0f : absmax; }
 SB_HD MomentGrid moment_grid(float levels, float absmax) {
-  if (absmax == 0.0f) return {levels, 0.0f, 0.0f, 0.0f};
-  const float inverse = ScalarLane::div(1.0f, absmax);
-  return {levels, absmax, inverse, ScalarLane::sqrt(inverse)};
+  return {levels, absmax, absmax == 0.0f ? 0.0f : ScalarLane::div(1.0f, absmax)};
 }
 
 template <class V>
@@ -170,30 +180,40 @@ SB_HD typename V::F unsigned_value(const MomentGrid& grid, typename V::F code) {
   return V::mul(V::mul(V::mul(c2, c2), V::set(unit)), V::set(grid.absmax));
 }
 
-// Between neighbours y and y + 1 the upper one is taken with the probability that makes the mean the value. floor(sqrt) may be
-// one off where z is within rounding of a square: the probability is then 0 or 1 within the same rounding.
+// y is the largest whole number with f(y) <= z in float32, f(y) = y^2 or y^4; of y and y + 1 the upper one is taken with the
+// probability that makes the mean of f the value. A root that is a little low and off by less than 1 finds y or y - 1, and a
+// comparison tells which: so every path may take its cheapest root.
+constexpr float kLittleLow = 1.0f - 0x1p-9f;
+
 template <class V>
 SB_HD typename V::F signed_code(const MomentGrid& grid, typename V::F m, typename V::F u) {
   using F = typename V::F;
-  const F levels = V::set(grid.levels);
+  const F levels = V::set(grid.levels), one = V::set(1.0f);
   const F z = V::mul(V::mul(V::abs(m), V::set(grid.inverse)), V::set(grid.levels * grid.levels));
-  const F y = V::min(V::floor(V::sqrt(z)), levels);
-  const F up = V::one_if_less(V::mul(u, V::add(V::add(y, y), V::set(1.0f))), V::sub(z, V::mul(y, y)));
+  const F low = V::floor(V::mul(V::rough_sqrt(V::max(z, V::set(0.25f))), V::set(kLittleLow))), next = V::add(low, one);
+  const F y = V::min(V::add(low, V::one_if_not_less(z, V::mul(next, next))), levels);
+  const F up = V::one_if_less(V::mul(u, V::add(V::add(y, y), one)), V::sub(z, V::mul(y, y)));
   return V::add(V::with_sign_of(V::min(V::add(y, up), levels), m), V::set(grid.levels + 1.0f));
 }
 
 template <class V>
-SB_HD typename V::F unsigned_code(const MomentGrid& grid, typename V::F v, typename V::F root, typename V::F u) {
+SB_HD typename V::F fourth_power(typename V::F a) {
+  const typename V::F square = V::mul(a, a);
+  return V::mul(square, square);
+}
+
+template <class V>
+SB_HD typename V::F unsigned_code(const MomentGrid& grid, typename V::F v, typename V::F u) {
   using F = typename V::F;
   const float square = grid.levels * grid.levels;
   const F levels = V::set(grid.levels), one = V::set(1.0f);
   const F z = V::mul(V::mul(v, V::set(grid.inverse)), V::set(ScalarLane::mul(square, square)));
-  const F fourth_root = V::sqrt(V::mul(root, V::set(grid.inverse_root)));
-  const F y = V::min(V::max(V::floor(V::mul(fourth_root, levels)), one), levels), h = V::add(y, one);
-  const F y2 = V::mul(y, y), h2 = V::mul(h, h), lo = V::mul(y2, y2), hi = V::mul(h2, h2);
-  const F up = V::one_if_less(V::mul(u, V::sub(hi, lo)), V::sub(z, lo));
-  const F code = V::min(V::add(y, up), levels);
-  return V::pick(V::less(V::set(0.0f), v), code, V::set(0.0f));
+  const F root = V::rough_sqrt(V::rough_sqrt(V::max(z, one)));
+  const F low = V::max(V::floor(V::mul(root, V::set(kLittleLow))), one);
+  const F y = V::min(V::add(low, V::one_if_not_less(z, fourth_power<V>(V::add(low, one)))), levels);
+  const F here = fourth_power<V>(y), next = fourth_power<V>(V::add(y, one));
+  const F up = V::one_if_less(V::mul(u, V::sub(next, here)), V::sub(z, here));
+  return V::pick(V::less(V::set(0.0f), v), V::min(V::add(y, up), levels), V::set(0.0f));
 }
 
 // bfloat16 bits of a finite value, rounded stochastically.
@@ -211,7 +231,7 @@ SB_HD float moment_value(const MomentView& moment, int64_t row_bytes, int64_t n,
       const uint8_t* row = static_cast<const uint8_t*>(moment.data) + n * row_bytes;
       const float code = float(moment.type == MomentType::kQ8 ? row[k] : get_code(row, k, 4));
       const MomentGrid grid{is_signed ? signed_levels(moment.type) : unsigned_levels(moment.type),
-                            moment.absmax[n * blocks + k / kMomentBlock], 0.0f, 0.0f};
+                            moment.absmax[n * blocks + k / kMomentBlock], 0.0f};
       return is_signed ? signed_value<V>(grid, code) : unsigned_value<V>(grid, code);
     }
     default: return 0.0f;
@@ -240,7 +260,7 @@ SB_HD void update_row_as(const PackedUpdateParams& p, const UpdateNumbers& c, in
   const int64_t m_bytes = moment_row_bytes(p.m.type, w.k), v_bytes = moment_row_bytes(p.v.type, w.k);
   uint8_t* const row = p.codes + n * w.layout.row_bytes;
   uint8_t* const residual = p.residual + n * stream_bytes(w.k, p.residual_bits);
-  float ms[kMomentBlock], vs[kMomentBlock], roots[kMomentBlock];
+  float ms[kMomentBlock], vs[kMomentBlock];
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * kMomentBlock, count = min_i64(kMomentBlock, w.k - begin);
     float m_max = 0, v_max = 0;
@@ -257,7 +277,6 @@ SB_HD void update_row_as(const PackedUpdateParams& p, const UpdateNumbers& c, in
       Element<V> e;
       e.m = moment_value(p.m, m_bytes, n, k, true, blocks);
       e.v = moment_value(p.v, v_bytes, n, k, false, blocks);
-      e.root = 0;
       e.q = float(code);
       const uint32_t word = philox_word(p.seed, c.offset, (p.first_row + uint64_t(n)) * uint64_t(w.k) + uint64_t(k));
       const float top = float((format_levels(s.format) << p.residual_bits) - 1);
@@ -267,7 +286,6 @@ SB_HD void update_row_as(const PackedUpdateParams& p, const UpdateNumbers& c, in
       if (p.residual_bits > 0) set_code(residual, k, p.residual_bits, code & ((1u << p.residual_bits) - 1u));
       ms[j] = e.m;
       vs[j] = e.v;
-      roots[j] = e.root;
       m_max = largest(V::abs(e.m), m_max);
       v_max = largest(e.v, v_max);
     }
@@ -287,8 +305,7 @@ SB_HD void update_row_as(const PackedUpdateParams& p, const UpdateNumbers& c, in
       if (p.v.type == MomentType::kF32) static_cast<float*>(p.v.data)[i] = vs[j];
       else if (p.v.type == MomentType::kBF16) static_cast<uint16_t*>(p.v.data)[i] = stochastic_bf16(vs[j], word * kMixV);
       else if (p.v.type != MomentType::kNone)
-        store_moment_code(p.v, v_bytes, n, k,
-                          v_max == 0 ? 0.0f : unsigned_code<V>(v_grid, vs[j], roots[j], uniform24(word * kMixV)));
+        store_moment_code(p.v, v_bytes, n, k, v_max == 0 ? 0.0f : unsigned_code<V>(v_grid, vs[j], uniform24(word * kMixV)));
     }
   }
   for (int i = 0; i < w.layout.segment_count; ++i) {

@@ -11,6 +11,8 @@ namespace {
 struct UpdateVector : Vector {
   using M = __m256;
   static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  // Within 2^-11 of the root of a >= 1/4.
+  static F rough_sqrt(F a) { return mul(a, _mm256_rsqrt_ps(a)); }
   static F abs(F a) { return _mm256_andnot_ps(set(-0.0f), a); }
   static M less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static F pick(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }

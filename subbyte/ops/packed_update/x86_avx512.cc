@@ -9,6 +9,8 @@ namespace {
 struct UpdateVector : Vector {
   using M = __mmask16;
   static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  // Within 2^-11 of the root of a >= 1/4.
+  static F rough_sqrt(F a) { return mul(a, _mm512_rsqrt14_ps(a)); }
   static F abs(F a) { return _mm512_andnot_ps(set(-0.0f), a); }
   static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static F pick(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }

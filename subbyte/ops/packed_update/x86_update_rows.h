@@ -16,7 +16,7 @@ namespace {
 template <class V>
 struct UpdateBlock {
   static constexpr int64_t kRoom = kMomentBlock + V::kLanes;
-  alignas(64) float grad[kRoom], m[kRoom], v[kRoom], m_after[kRoom], v_after[kRoom], root[kRoom];
+  alignas(64) float grad[kRoom], m[kRoom], v[kRoom], m_after[kRoom], v_after[kRoom];
   alignas(64) uint8_t codes[kRoom], low[kRoom], codes_after[kRoom], low_after[kRoom], bytes[kRoom];
   // A block starts up to 3 words into its first Philox block; Philox blocks come in steps.
   alignas(64) uint32_t words[kRoom + 8 * V::kBlocks];
@@ -88,7 +88,7 @@ void load_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, in
       else if (count == kMomentBlock) codes = row + k;
       else std::memcpy(bytes, row + k, size_t(count));
       const MomentGrid grid{kSigned ? signed_levels(moment.type) : unsigned_levels(moment.type),
-                            moment.absmax[n * blocks + k / kMomentBlock], 0.0f, 0.0f};
+                            moment.absmax[n * blocks + k / kMomentBlock], 0.0f};
       for (int64_t j = 0; j < count; j += V::kLanes) {
         const typename V::F code = V::load_codes(codes + j);
         V::template store<DType::kF32>(out, j, kSigned ? signed_value<V>(grid, code) : unsigned_value<V>(grid, code));
@@ -100,7 +100,7 @@ void load_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, in
 
 template <class V, bool kSigned>
 void store_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, int64_t n, int64_t k, int64_t count,
-                  const float* values, const float* root, const uint32_t* words, uint8_t* bytes) {
+                  const float* values, const uint32_t* words, uint8_t* bytes) {
   constexpr uint32_t kMix = kSigned ? kMixM : kMixV;
   uint8_t* const row = static_cast<uint8_t*>(moment.data) + n * row_bytes;
   switch (moment.type) {
@@ -130,7 +130,7 @@ void store_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, i
         for (int64_t j = 0; j < count; j += V::kLanes) {
           const typename V::F value = V::template load<DType::kF32>(values, j), u = V::mixed_uniform(words + j, kMix);
           if constexpr (kSigned) V::store_codes(codes + j, signed_code<V>(grid, value, u));
-          else V::store_codes(codes + j, unsigned_code<V>(grid, value, V::template load<DType::kF32>(root, j), u));
+          else V::store_codes(codes + j, unsigned_code<V>(grid, value, u));
         }
       }
       if (!eight) V::pack(bytes, count, 4, row + k / 2);
@@ -142,7 +142,7 @@ void store_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, i
 template <class V, UpdateRule kRule>
 void update_rows_as(const PackedUpdateParams& p, int64_t row_begin, int64_t row_end) {
   const PackedMatrix& w = p.w;
-  const UpdateNumbers c = update_numbers(p);
+  const UpdateNumbers c = update_numbers(p, host_numbers(p));
   const int64_t blocks = ceil_div(w.k, kMomentBlock), groups = w.groups(), residual_bytes = stream_bytes(w.k, p.residual_bits);
   const int64_t m_bytes = moment_row_bytes(p.m.type, w.k), v_bytes = moment_row_bytes(p.v.type, w.k);
   const bool has_residual = p.residual_bits > 0;
@@ -173,15 +173,11 @@ void update_rows_as(const PackedUpdateParams& p, int64_t row_begin, int64_t row_
           Element<V> e;
           e.m = V::template load<DType::kF32>(x.m, j);
           e.v = V::template load<DType::kF32>(x.v, j);
-          e.root = e.v;
           const typename V::F high = V::load_codes(x.codes + j);
           e.q = has_residual ? V::add(V::mul(high, V::set(span)), V::load_codes(x.low + j)) : high;
           e = stepped<kRule, V>(c, group, top, V::template load<DType::kF32>(x.grad, j), e, V::uniform(words + j));
           V::template store<DType::kF32>(x.m_after, j, e.m);
-          if constexpr (kRule == UpdateRule::kAdamW) {
-            V::template store<DType::kF32>(x.v_after, j, e.v);
-            V::template store<DType::kF32>(x.root, j, e.root);
-          }
+          if constexpr (kRule == UpdateRule::kAdamW) V::template store<DType::kF32>(x.v_after, j, e.v);
           typename V::F q = e.q;
           if (has_residual) {
             q = V::floor(V::mul(q, V::set(inverse_span)));
@@ -196,9 +192,9 @@ void update_rows_as(const PackedUpdateParams& p, int64_t row_begin, int64_t row_
       V::template store<DType::kF32>(x.v_after, count, V::set(0.0f));
       pack_columns<V>(w.layout, row, k, count, x.codes_after);
       if (has_residual) V::pack(x.low_after, count, p.residual_bits, residual + k / 8 * p.residual_bits);
-      store_moment<V, true>(p.m, m_bytes, blocks, n, k, count, x.m_after, nullptr, words, x.bytes);
+      store_moment<V, true>(p.m, m_bytes, blocks, n, k, count, x.m_after, words, x.bytes);
       if constexpr (kRule == UpdateRule::kAdamW)
-        store_moment<V, false>(p.v, v_bytes, blocks, n, k, count, x.v_after, x.root, words, x.bytes);
+        store_moment<V, false>(p.v, v_bytes, blocks, n, k, count, x.v_after, words, x.bytes);
     }
   }
 }
