@@ -60,7 +60,7 @@ TEST(PackedAdamW, TheLossFallsWithEveryMomentType) {
     const double before = torch::mse_loss(net.forward(x), y).item<double>();
     PackedAdamW optimizer(packed_weights(net), net.parameters(),
                           PackedAdamWOptions(1e-2).first_moment(moment).second_moment(moment));
-    EXPECT_EQ(optimizer.size(), 4u);
+    EXPECT_EQ(optimizer.parameters().size(), 4u);
     EXPECT_LT(train(net, optimizer, 60), 0.5 * before) << moment;
   }
 }

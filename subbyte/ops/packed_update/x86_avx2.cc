@@ -1,6 +1,8 @@
 // packed_update for AVX2; x86_update_rows.h holds the algorithm. Bound by arithmetic: 8 weights of adamw with 8-bit moments
-// take about 200 instructions, a fifth of them Philox, with three square roots and a division. One random word serves code and
-// both moments; a word each would add a third. Codes of whole blocks are read and written in place (copies were 5 %).
+// take about 200 instructions, a fifth of them Philox. Measured on Zen 3, one thread, bfloat16 gradients, 4-bit codes: adamw
+// with 8-bit moments 0.22 G weights/s (a tenth of the memory's rate, a quarter of torch's fused bfloat16 AdamW on dense
+// weights), with bfloat16 moments 0.28 to 0.33, sgd 0.42. One random word serves code and both moments; a word each would add a
+// third. Copies by memcpy of run-time length became `rep movs`: with float32 moments 40 % of the time.
 #include "subbyte/formats/x86_avx2_vector.h"
 #include "subbyte/ops/packed_update/kernels.h"
 #include "subbyte/ops/packed_update/x86_update_rows.h"

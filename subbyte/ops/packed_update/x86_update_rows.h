@@ -79,7 +79,7 @@ void load_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, in
   const uint8_t* const row = static_cast<const uint8_t*>(moment.data) + n * row_bytes;
   switch (moment.type) {
     case MomentType::kNone: std::memset(out, 0, size_t(count) * sizeof(float)); break;
-    case MomentType::kF32: std::memcpy(out, row + 4 * k, size_t(count) * sizeof(float)); break;
+    case MomentType::kF32: load_piece_as<V, DType::kF32>(row, nullptr, k, count, out); break;
     case MomentType::kBF16: load_piece_as<V, DType::kBF16>(row, nullptr, k, count, out); break;
     default: {
       const bool eight = moment.type == MomentType::kQ8;
@@ -105,7 +105,14 @@ void store_moment(const MomentView& moment, int64_t row_bytes, int64_t blocks, i
   uint8_t* const row = static_cast<uint8_t*>(moment.data) + n * row_bytes;
   switch (moment.type) {
     case MomentType::kNone: break;
-    case MomentType::kF32: std::memcpy(row + 4 * k, values, size_t(count) * sizeof(float)); break;
+    case MomentType::kF32: {
+      float* const out = reinterpret_cast<float*>(row) + k;
+      int64_t j = 0;
+      for (; j + V::kLanes <= count; j += V::kLanes)
+        V::template store<DType::kF32>(out, j, V::template load<DType::kF32>(values, j));
+      for (; j < count; ++j) out[j] = values[j];
+      break;
+    }
     case MomentType::kBF16: {
       uint16_t* const out = reinterpret_cast<uint16_t*>(row) + k;
       int64_t j = 0;
