@@ -2,6 +2,7 @@
 // includes the headers it needs, so that a new operation does not compile all others again.
 #pragma once
 #include "subbyte_torch/ops/binary.h"         // IWYU pragma: export
+#include "subbyte_torch/ops/embedding.h"      // IWYU pragma: export
 #include "subbyte_torch/ops/mpq.h"            // IWYU pragma: export
 #include "subbyte_torch/ops/packed.h"         // IWYU pragma: export
 #include "subbyte_torch/ops/packed_update.h"  // IWYU pragma: export

@@ -6,6 +6,7 @@
 
 #include "subbyte/formats/format.h"
 #include "subbyte_torch/convert.h"
+#include "subbyte_torch/ops/embedding.h"
 
 namespace subbyte {
 namespace {

@@ -349,38 +349,14 @@ def _function_matmul(input, other):
 
 @_overrides(F.embedding)
 def _function_embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    if not isinstance(weight, PackedWeight) or weight.transposed or scale_grad_by_freq or sparse:
+    if not isinstance(weight, PackedWeight) or weight.transposed or scale_grad_by_freq:
         return NotImplemented
     if max_norm is not None:
         raise ValueError("embedding: max_norm rewrites rows of the table, which a packed table does not support")
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     padding_idx = -1 if padding_idx is None else padding_idx
-    if weight.dtype == weight.scales.dtype:
-        return _ops.embedding(input, _handle(weight), *weight.packed_args, padding_idx)
-    if _handle(weight) is None:
-        return _look_up(input, weight)
-    return _LookUpAs.apply(input, weight, padding_idx)
-
-
-def _look_up(indices, weight):
-    """embedding in the weight's dtype, values formed in float32: the op gives the scales' dtype, which may be narrower."""
-    rows = indices.reshape(-1)
-    parts = [None if (part := getattr(weight, name)) is None else part.index_select(0, rows) for name in PART_NAMES[:-1]]
-    values = _ops.dequantize(*parts, weight.perm, weight.format, weight.in_features, weight.group_size, weight.dtype)
-    return values.view(*indices.shape, weight.in_features)
-
-
-class _LookUpAs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, indices, weight, padding_idx):
-        ctx.save_for_backward(indices)
-        ctx.rows, ctx.padding_idx = weight.shape[0], padding_idx
-        return _look_up(indices, weight)
-
-    @staticmethod
-    def backward(ctx, gy):
-        return None, _ops.embedding_grad_weight(gy, ctx.saved_tensors[0], ctx.rows, ctx.padding_idx), None
+    return _ops.embedding(input, _handle(weight), *weight.packed_args, padding_idx, sparse, weight.dtype)
 
 
 @_overrides(torch.Tensor.__setitem__)
@@ -533,9 +509,7 @@ def _linear(func, input, weight, bias=None):
 def _aten_embedding(func, weight, indices, padding_idx=-1, scale_grad_by_freq=False, sparse=False):
     if not isinstance(weight, PackedWeight) or weight.transposed:
         return NotImplemented
-    if weight.dtype == weight.scales.dtype:
-        return _ops.embedding(indices, None, *weight.packed_args, padding_idx)
-    return _look_up(indices, weight)
+    return _ops.embedding(indices, None, *weight.packed_args, padding_idx, False, weight.dtype)
 
 
 # Writing.
@@ -591,6 +565,18 @@ def _mul_(func, self, other):
     if isinstance(self, PackedWeight) and _rescale_(self, other, divide="div" in func.__name__):
         return self
     return NotImplemented
+
+
+@_handles(aten.add_.Tensor)
+def _add_(func, self, other, *, alpha=1):
+    """A sparse gradient's step: only the rows that it names are decoded, stepped and rounded."""
+    sparse = isinstance(self, PackedWeight) and isinstance(other, torch.Tensor) and other.layout == torch.sparse_coo
+    if not sparse or self.transposed or other.sparse_dim() != 1 or other.shape != self.shape:
+        return NotImplemented
+    _refuse_tracing(self)
+    other = other.coalesce()
+    _ops.embedding_add_(*self.packed_args, other.indices()[0], other.values(), alpha, "stochastic", _draw_seed(), 0)
+    return self
 
 
 @_handles(aten.neg_.default)

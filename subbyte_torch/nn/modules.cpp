@@ -4,6 +4,7 @@
 #include <cmath>
 #include <ostream>
 
+#include "subbyte_torch/nn/binary_embedding.h"
 #include "subbyte_torch/nn/embedding.h"
 #include "subbyte_torch/nn/linear.h"
 #include "subbyte_torch/nn/mpq_linear.h"
@@ -160,6 +161,8 @@ Embedding Embedding::from_float(const torch::nn::Embedding& layer, const Quantiz
 template class PackedModule<LinearImpl>;
 template class PackedModule<EmbeddingImpl>;
 template class PackedModule<MPQLinearImpl>;
+template class PackedModule<BinaryEmbeddingImpl>;
+template class PackedModule<BinaryEmbeddingBagImpl>;
 
 // ---- quantize_
 

@@ -17,31 +17,31 @@
 #endif
 
 #include "subbyte_torch/convert.h"
-#include "subbyte_torch/ops.h"
 #include "subbyte_torch/ops/affine_gradient.h"
+#include "subbyte_torch/ops/embedding.h"
+#include "subbyte_torch/ops/embedding_rows.h"
 #include "subbyte_torch/ops/gradient_mode.h"
 
 namespace subbyte {
 namespace {
 
-constexpr const char* kSchema = "embedding(Tensor indices, Tensor? weight, " SB_PACKED_SCHEMA ", int padding_idx=-1) -> Tensor";
+constexpr const char* kSchema = "embedding(Tensor indices, Tensor? weight, " SB_PACKED_SCHEMA
+                                ", int padding_idx=-1, bool sparse=False, ScalarType? dtype=None) -> Tensor";
 constexpr const char* kGradSchema =
     "embedding_grad_weight(Tensor gy, Tensor indices, int num_embeddings, int padding_idx=-1) -> Tensor";
 
-void check_indices(const char* op, const at::Tensor& indices) {
-  TORCH_CHECK_VALUE(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, op, ": indices is ",
-                    indices.scalar_type(), ", expected int64 or int32");
-}
-
-at::Tensor embedding_shape(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
+at::Tensor embedding_shape(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx,
+                           bool sparse, std::optional<at::ScalarType> dtype) {
   check_packed("embedding", {SB_PACKED});
   check_indices("embedding", indices);
   check_handle("embedding", weight, codes.sym_size(0), in_features);
   TORCH_CHECK_VALUE(codes.sym_size(0) > padding_idx, "embedding: padding_idx is ", padding_idx,
                     ", expected below num_embeddings = ", codes.sym_size(0));
+  const at::ScalarType type = dtype.value_or(scales.scalar_type());
+  dtype_of("embedding", "dtype", type);
   auto sizes = indices.sym_sizes().vec();
   sizes.emplace_back(in_features);
-  return at::empty_symint(sizes, scales.options().requires_grad(std::nullopt));
+  return at::empty_symint(sizes, scales.options().dtype(type).requires_grad(std::nullopt));
 }
 
 at::Tensor embedding_grad_weight_shape(const at::Tensor& gy, const at::Tensor& indices, int64_t num_embeddings,
@@ -57,8 +57,8 @@ at::Tensor embedding_grad_weight_shape(const at::Tensor& gy, const at::Tensor& i
 
 template <class Run>
 at::Tensor embedding_with(Run run, const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS,
-                          int64_t padding_idx) {
-  at::Tensor out = embedding_shape(indices, weight, SB_PACKED, padding_idx);
+                          int64_t padding_idx, bool sparse, std::optional<at::ScalarType> dtype) {
+  at::Tensor out = embedding_shape(indices, weight, SB_PACKED, padding_idx, sparse, dtype);
   const PackedView w = view_of("embedding", {SB_PACKED}, "indices", indices);
   const at::Tensor positions = indices.contiguous();
   EmbeddingParams p;
@@ -67,14 +67,15 @@ at::Tensor embedding_with(Run run, const at::Tensor& indices, const OptionalTens
   p.indices_are_int64 = indices.scalar_type() == at::kLong;
   p.count = indices.numel();
   p.out = mutable_data_of(out);
-  p.out_dtype = dtype_of("embedding", "scales", out.scalar_type());
+  p.out_dtype = dtype_of("embedding", "dtype", out.scalar_type());
   p.out_stride = in_features;
   translated([&] { run(p); });
   return out;
 }
 
-at::Tensor embedding_cpu(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
-  return embedding_with([](const EmbeddingParams& p) { embedding(p); }, indices, weight, SB_PACKED, padding_idx);
+at::Tensor embedding_cpu(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx,
+                         bool sparse, std::optional<at::ScalarType> dtype) {
+  return embedding_with([](const EmbeddingParams& p) { embedding(p); }, indices, weight, SB_PACKED, padding_idx, sparse, dtype);
 }
 
 at::Tensor embedding_grad_weight_dense(const at::Tensor& gy, const at::Tensor& indices, int64_t num_embeddings,
@@ -86,10 +87,11 @@ at::Tensor embedding_grad_weight_dense(const at::Tensor& gy, const at::Tensor& i
 }
 
 #if SB_CUDA
-at::Tensor embedding_cuda(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
+at::Tensor embedding_cuda(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx,
+                          bool sparse, std::optional<at::ScalarType> dtype) {
   const c10::DeviceGuard device(codes.device());
   return embedding_with([&](const EmbeddingParams& p) { cuda::embedding(p, stream_of(codes)); }, indices, weight, SB_PACKED,
-                        padding_idx);
+                        padding_idx, sparse, dtype);
 }
 TORCH_LIBRARY_IMPL(subbyte, CUDA, m) {
   m.impl("embedding", embedding_cuda);
@@ -120,13 +122,14 @@ struct EmbeddingFn : torch::autograd::Function<EmbeddingFn> {
 
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& indices, const at::Tensor& scales,
                             const OptionalTensor& weight, const OptionalTensor& zeros, const OptionalTensor& offsets,
-                            const PackedRest& rest, int64_t padding_idx) {
+                            const PackedRest& rest, int64_t padding_idx, bool sparse, std::optional<at::ScalarType> dtype) {
     rest.save(ctx, {indices, scales, zeros.value_or(at::Tensor()), offsets.value_or(at::Tensor())});
     ctx->saved_data["padding_idx"] = padding_idx;
     ctx->saved_data["has_weight"] = given(weight);
+    ctx->saved_data["sparse"] = sparse;
     at::AutoDispatchBelowADInplaceOrView below;
     return ops::embedding(indices, std::nullopt, rest.codes, scales, zeros, offsets, rest.perm, rest.format, rest.in_features,
-                          rest.group_size, padding_idx);
+                          rest.group_size, padding_idx, sparse, dtype);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
@@ -137,26 +140,39 @@ struct EmbeddingFn : torch::autograd::Function<EmbeddingFn> {
     const bool need_weight = ctx->saved_data["has_weight"].toBool() && ctx->needs_input_grad(edge++);
     const bool need_zeros = given(zeros) && ctx->needs_input_grad(edge++);
     const bool need_offsets = given(offsets) && ctx->needs_input_grad(edge++);
+    const bool need_affine = need_scales || need_zeros || need_offsets;
+    const int64_t height = saved.rest.codes.size(0), padding_idx = ctx->saved_data["padding_idx"].toInt();
     at::Tensor gw;
     AffineGradients affine;
-    if (need_weight || need_scales || need_zeros || need_offsets)
-      gw = ops::embedding_grad_weight(grads[0], saved.tensors[0], saved.rest.codes.size(0),
-                                      ctx->saved_data["padding_idx"].toInt());
-    if (need_scales || need_zeros || need_offsets)
-      affine = affine_gradients(gw, saved.args(saved.tensors[1], zeros, offsets), need_scales, need_zeros, need_offsets);
-    return {at::Tensor(), affine.scales, need_weight ? gw : at::Tensor(), affine.zeros, affine.offsets,
-            at::Tensor(), at::Tensor()};
+    if (ctx->saved_data["sparse"].toBool()) {
+      if (need_weight || need_affine) {
+        const auto [rows, values] = ops::embedding_grad_rows(grads[0], saved.tensors[0], height, padding_idx);
+        if (need_weight) gw = sparse_rows(rows, values, height);
+        if (need_affine)
+          affine = sparse_affine_gradients(rows, values, saved.args(saved.tensors[1], zeros, offsets), need_scales, need_zeros,
+                                           need_offsets);
+      }
+    } else if (need_weight || need_affine) {
+      gw = ops::embedding_grad_weight(grads[0], saved.tensors[0], height, padding_idx);
+      if (need_affine)
+        affine = affine_gradients(gw, saved.args(saved.tensors[1], zeros, offsets), need_scales, need_zeros, need_offsets);
+    }
+    return {at::Tensor(), affine.scales,  need_weight ? gw : at::Tensor(),
+            affine.zeros, affine.offsets, at::Tensor(),
+            at::Tensor(), at::Tensor(),   at::Tensor()};
   }
 };
 
-at::Tensor embedding_autograd(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
+at::Tensor embedding_autograd(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx,
+                              bool sparse, std::optional<at::ScalarType> dtype) {
   if (needs_gradient({&scales}, {&weight, &zeros, &offsets})) {
     check_handle("embedding", weight, codes.sym_size(0), in_features);
     return EmbeddingFn::apply(indices, scales, weight, zeros, offsets,
-                              PackedRest{codes, perm, std::string(format), in_features, group_size}, padding_idx);
+                              PackedRest{codes, perm, std::string(format), in_features, group_size}, padding_idx, sparse,
+                              dtype);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return ops::embedding(indices, std::nullopt, SB_PACKED, padding_idx);
+  return ops::embedding(indices, std::nullopt, SB_PACKED, padding_idx, sparse, dtype);
 }
 
 at::Tensor embedding_grad_weight_autograd(const at::Tensor& gy, const at::Tensor& indices, int64_t num_embeddings,
@@ -185,10 +201,11 @@ TORCH_LIBRARY_IMPL(subbyte, Autograd, m) {
 
 }  // namespace
 
-at::Tensor ops::embedding(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx) {
+at::Tensor ops::embedding(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx,
+                          bool sparse, std::optional<at::ScalarType> dtype) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("subbyte::embedding", "").typed<decltype(embedding_shape)>();
-  return op.call(indices, weight, SB_PACKED, padding_idx);
+  return op.call(indices, weight, SB_PACKED, padding_idx, sparse, dtype);
 }
 
 at::Tensor ops::embedding_grad_weight(const at::Tensor& gy, const at::Tensor& indices, int64_t num_embeddings,

@@ -44,10 +44,4 @@ at::Tensor linear_grad_weight(const at::Tensor& gy, const at::Tensor& x);
 at::Tensor linear_a8(const at::Tensor& x, const OptionalTensor& weight, SB_PACKED_PARAMS, const OptionalTensor& bias,
                      std::string_view x_scale = "row");
 
-// indices [...] -> rows [..., K] in the scales' dtype. padding_idx < 0: none; its row is looked up, but gets no gradient.
-at::Tensor embedding(const at::Tensor& indices, const OptionalTensor& weight, SB_PACKED_PARAMS, int64_t padding_idx = -1);
-// gy [..., K], indices [...] -> dense [num_embeddings, K].
-at::Tensor embedding_grad_weight(const at::Tensor& gy, const at::Tensor& indices, int64_t num_embeddings,
-                                 int64_t padding_idx = -1);
-
 }  // namespace subbyte::ops

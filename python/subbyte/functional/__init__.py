@@ -1,6 +1,15 @@
 """The operations as functions of tensors and packed weights. Formulas and error bounds: the headers subbyte/ops/<op>/<op>.h."""
 
 from .binary import binary_conv2d, binary_linear, binary_matmul, init_binary_weight, pack_signs
+from .embedding import (
+    RowMomentum,
+    embedding_add_,
+    embedding_bag,
+    embedding_grad_packed,
+    embedding_grad_rows,
+    embedding_update_,
+    sparse_update_embedding_qweight,
+)
 from .layouts import binary_layout, nibble_layout
 from .packed import dequantize, embedding, linear, linear_a8, pack, permute_rows, quantize, unpack
 from .quantized import quantized_conv2d, quantized_linear, quantized_matmul
@@ -21,6 +30,7 @@ from .ternary import (
 )
 
 __all__ = [
+    "RowMomentum",
     "absmax_scale",
     "activation_quant",
     "binary_conv2d",
@@ -31,6 +41,11 @@ __all__ = [
     "check_ternary",
     "dequantize",
     "embedding",
+    "embedding_add_",
+    "embedding_bag",
+    "embedding_grad_packed",
+    "embedding_grad_rows",
+    "embedding_update_",
     "estimate_memory_savings",
     "greedy_ternary_decomposition",
     "init_binary_weight",
@@ -47,6 +62,7 @@ __all__ = [
     "quantized_conv2d",
     "quantized_linear",
     "quantized_matmul",
+    "sparse_update_embedding_qweight",
     "ternarize",
     "ternary_quantize",
     "unpack",

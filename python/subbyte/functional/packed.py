@@ -35,10 +35,13 @@ def linear_a8(x, weight, bias=None, x_scale="row"):
     return _ops.linear_a8(x, _handle(weight), *weight.packed_args, bias, x_scale)
 
 
-def embedding(indices, weight, padding_idx=None):
-    """Rows indices [...] of a packed table [V, D], [..., D] in the weight's dtype; row padding_idx gets no gradient."""
+def embedding(indices, weight, padding_idx=None, sparse=False):
+    """Rows indices [...] of a packed table [V, D], [..., D] in the weight's dtype; row padding_idx gets no gradient.
+
+    sparse: the weight's gradient is a sparse COO tensor of the touched rows, so that it costs what was looked up.
+    """
     _expect_packed("embedding", weight)
-    return F.embedding(indices, weight, padding_idx)
+    return F.embedding(indices, weight, padding_idx, sparse=sparse)
 
 
 def dequantize(weight, dtype=None):
