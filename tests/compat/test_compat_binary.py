@@ -88,11 +88,6 @@ def test_B1_a_packed_checkpoint_keeps_the_weights(tmp_path):
 # ---- the layers with scales
 
 
-def reference(layer, x, signs, scale_w, bias=None):
-    shifted = x.double() + (0 if bias is None else bias.double())
-    return (sign(shifted) @ signs.t()) * float(layer.scale_a) * float(scale_w)
-
-
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -165,6 +160,19 @@ def test_B4_bstc_pads_and_a_truncated_old_buffer_is_refused_where_weights_are_lo
         layer(x)
 
 
+def test_B4_a_truncated_old_buffer_that_holds_all_weights_is_read():
+    binary = linear().cuda
+    layer = binary.BinaryLinearCuda(32, 8, bmm_type=binary.BMM.BSTC32)
+    layer.prepare_params()
+    x = torch.randn(3, 32)
+    y = layer(x)
+    layer.generate_quantized_weight(qweight_only=True)
+    layer.eval()
+    assert layer.qweight.numel() == 128  # one block of 32 rows, padded to 32 columns; the original kept n k / 8 bytes
+    layer.qweight = layer.qweight[: 8 * 32 // 8].clone()
+    assert torch.equal(layer(x), y)
+
+
 def test_B9_batch_one_in_eval_reads_the_same_weights():
     layer = linear().cuda.BinaryLinearCuda(128, 8)
     layer.prepare_params()
@@ -222,6 +230,19 @@ def test_X1_X6_X8_B5_linear_gradients_are_the_written_ones(which, prepared, devi
     once = layer.weight.grad.clone()
     layer(x).backward(g)
     torch.testing.assert_close(layer.weight.grad, 2 * once)  # B5: gradients accumulate as they are
+
+
+def test_X3_a_scale_that_training_drives_below_zero_counts_as_the_smallest_one():
+    layer = linear().cuda.BinaryLinearCuda(16, 4)
+    layer.prepare_params()
+    x = torch.randn(3, 16)
+    layer(x)
+    layer.scale_a.data.fill_(-1.0)
+    y = layer(x)
+    expected = (sign(x) @ sign(layer.weight).t()) * 1e-5 * layer.scale_w.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=0)
+    (y * torch.randn_like(y)).sum().backward()
+    assert layer.scale_a.grad != 0  # it can come back
 
 
 def test_X11_gradients_flow_in_eval():
@@ -433,7 +454,7 @@ def test_B7_attention_is_the_formula_and_masks_keys(device):
     output, probabilities = block(x, mask)
 
     def heads(layer):
-        y = (sign(x) @ sign(layer.weight).t()) * float(layer.scale_a) * float(layer.scale_w)
+        y = (sign(x) @ sign(layer.weight).t()) * float(layer.scale_a.detach()) * float(layer.scale_w)
         return y.reshape(2, 5, 3, 8).transpose(1, 2)
 
     scores = heads(block.q_linear) @ heads(block.k_linear).mT / math.sqrt(8)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from test_compat_mpq import layer_of, packing, random_codes, words_of
+from test_compat_mpq import layer_of, operators, packing, random_codes, words_of
 
 
 def optim():
@@ -58,19 +58,14 @@ def test_M1_M2_M4_mpq_update_moves_the_weight_as_adam_does_on_average(bits, mode
     q = layer.qweight
     g = torch.where(torch.randn(64, 48) > 0, 1.0, -1.0)
     state = moments(g)
-    inside = None
-    for t in range(1, 5):  # before the first step of the zeros
+    for _ in range(4):  # before the first step of the zeros
         type(q).update(q, **state, lr=1e-3, beta1=0.9, beta2=0.9, correct_bias=True, grad=g)
     assert state["step"] == 4 and q.dtype == torch.int32
-    moved = packing().unpack_qweight(q).double() - w
-    # Codes at an end of their range cannot move further: the mean is taken where both ends are a level away.
-    levels = layer.scales.double().cpu().repeat_interleave(32, 0)
-    inside = (moved.abs() > 0) | (levels > 0)
-    expected = -4e-3 * g.double()
-    error = (moved - expected)[inside]
-    spread = 3 * float((levels * 4e-3).sqrt().mean()) / math.sqrt(error.numel()) * 6
-    room = 2.0**-bits * 4e-3  # ends of the range
-    assert abs(float((moved * g).mean()) + 4e-3) < spread + 4 * room + 1e-3 * (bits == 2)
+    moved = (packing().unpack_qweight(q).double() - w) * g
+    # Four steps of 1e-3 against g, but for the codes that already stand at the end that they are pushed to.
+    expected = -4e-3 * (1 - 2.0**-bits)
+    error_of_mean = math.sqrt(float(layer.scales.mean()) * 4e-3 / moved.numel())
+    assert abs(float(moved.mean()) - expected) < 6 * error_of_mean
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), x @ packing().unpack_qweight(q), rtol=1e-4, atol=1e-4)
 
@@ -86,6 +81,39 @@ def test_M3_zeros_move_by_the_step_over_the_scale_and_the_codes_follow():
     # A step of 1e-6 is far below a level: zeros keep their whole values, no drift.
     torch.testing.assert_close(packing().unpack_qweight(q), before, rtol=0, atol=float(layer.scales.max()) * 1.001)
     assert float((packing().unpack_qweight(q) - before).abs().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["sym", "asym", "mbwq"])
+def test_M3_update_zeros_takes_the_mean_of_each_group(mode):
+    from bitorch_engine.utils.model_helper import update_zeros
+
+    layer, _ = layer_of(64, 8, 4, 16, mode == "asym")
+    q, groups = layer.qweight, torch.arange(64) // 16
+    g, before = torch.randn(64, 8), layer.zeros.clone()
+    if mode == "mbwq":
+        q.layer_type, q.g_idx, q.q_perm = 2, None, torch.randperm(64).to(torch.int16)
+        g_stored = g[q.q_perm.long()]
+    else:
+        g_stored = g
+    mean = torch.stack([0.5 * g_stored[groups == i].mean(0) for i in range(4)])
+    unpacked = None if mode != "asym" else operators().gptq_style_unpacking(q)[1]
+    update_zeros(q, None, g, 0.5)
+    if mode == "asym":
+        expected = (unpacked + mean / layer.scales).round().clamp(1, 16)
+        assert torch.equal(operators().gptq_style_unpacking(q)[1].float(), expected)
+    else:
+        torch.testing.assert_close(layer.zeros, before + mean)
+
+
+def test_qweight_update_fn_is_the_rule_of_the_class():
+    from bitorch_engine.layers.qlinear.nbit import nBitLinearParameter
+    from bitorch_engine.utils.model_helper import qweight_update_fn
+
+    q, g = nBitLinearParameter(torch.full((4, 4), 10, dtype=torch.int8)), torch.ones(4, 4)
+    qweight_update_fn(q, **moments(g), lr=2.0, beta1=0.0, beta2=0.0, eps=0.0, correct_bias=False, grad=g)
+    assert (q.detach() == 8).all()
+    with pytest.raises(NotImplementedError, match="Tensor"):
+        qweight_update_fn(torch.zeros(1))
 
 
 def test_mpq_update_of_mixed_and_permuted_weights():

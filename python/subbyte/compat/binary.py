@@ -66,7 +66,8 @@ class BMM(enum.Enum):
 
 def _at_least(scale):
     """max(scale, 1e-5), with the gradient of scale."""
-    return scale + (_LEAST_SCALE - scale.detach()).clamp_min(0)
+    kept = scale.detach()
+    return kept.clamp_min(_LEAST_SCALE) + (scale - kept)
 
 
 class _BinaryLayer(PackedLayer, LearnedScales, PackingState, torch.nn.Module):

@@ -148,6 +148,37 @@ class MPQWeightParameter(IntegerParameter):
             qweight.zeros = exported.zeros.to(qweight.zeros.dtype)
 
 
+@torch.no_grad()
+def update_zeros(qweight, w, norm_grad, step_size, z_unpacked=None):
+    """Zeros of each group += mean over its rows of step_size norm_grad; whole zeros (asym): of that over the scale, rounded.
+
+    norm_grad: [k, n], in the order of input features. z_unpacked: whole zeros [Gr, n] to start from instead of qweight.zeros. w
+    has no part in it. Codes are left as they are: pack_fp_weight puts the weight onto the moved grid.
+    """
+    weight, parent = mpq.import_parameter(qweight)
+    scales = qweight.scales
+    by_input = qweight.layer_type == 1 and qweight.g_idx is not None
+    exported = mpq.export(weight, asym=qweight.asym, input_order=by_input, parent=parent, groups=scales.shape[0])
+    groups = exported.row_groups.long()
+    rows = norm_grad if by_input or weight.perm is None else norm_grad.index_select(0, weight.perm.long())
+    counts = torch.bincount(groups, minlength=scales.shape[0]).clamp_min(1).unsqueeze(1)
+    total = torch.zeros(scales.shape, device=scales.device).index_add_(0, groups, rows.float())
+    change = step_size * total / counts
+    if weight.zeros is None:
+        qweight.zeros = (qweight.zeros + change).to(qweight.zeros.dtype)
+    else:
+        zeros = exported.zeros if z_unpacked is None else z_unpacked
+        moved = (zeros.float() + change / scales.float()).round().clamp(1, 2**qweight.w_bit)
+        qweight.zeros = mpq.pack_zeros(moved, qweight.w_bit)
+
+
+def qweight_update_fn(qweight, *args, **kwargs):
+    """type(qweight).update(qweight, ...): the step of the parameter's class. NotImplementedError for other classes."""
+    if not isinstance(qweight, IntegerParameter):
+        raise NotImplementedError(f"qweight_update_fn: no rule for {type(qweight).__name__}")
+    type(qweight).update(qweight, *args, **kwargs)
+
+
 class MPQLinearBase(PackedLayer, torch.nn.Module):
     """y = x W + bias, W [k, n] packed in words of `w_bit` codes, groups of group_size rows (-1: all) with scales and zeros.
 

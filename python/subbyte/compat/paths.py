@@ -30,7 +30,7 @@ _PREPARE = _same(
     "save_checkpoint",
     "load_checkpoint",
     "init_weight",
-)
+) | _same(".mpq", "update_zeros", "qweight_update_fn")
 _OPERATORS = _same(
     ".quant_operators",
     "nv_tensor_quant",
@@ -50,6 +50,7 @@ _REPLACE = _same(
     "get_mpq_config",
 )
 
+_EMBEDDING = _same(".embedding", "BinaryEmbeddingBag", "BinaryEmbeddingParameter", "BinaryEmbeddingCuda")
 
 _NBIT_FUNCTIONS = _same(".nbit", "Q4LinearFunction", "Q4MatMulFunction")
 _NBIT_LINEAR = {
@@ -68,6 +69,12 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.functions.cuda.functions": _PACKING,
     "bitorch_engine.layers": {},
     "bitorch_engine.layers.qembedding": {},
+    "bitorch_engine.layers.qembedding.binary": _EMBEDDING,
+    "bitorch_engine.layers.qembedding.binary.layer": {
+        **_EMBEDDING,
+        **_same(".embedding", "BinaryEmbeddingForward", "BinaryEmbeddingBagForward", "sparse_update_embedding_qweight"),
+        "pad_embedding_dim": ".life_cycle",
+    },
     "bitorch_engine.layers.qconv": {},
     "bitorch_engine.layers.qconv.binary": _BINARY_CONV,
     "bitorch_engine.layers.qconv.binary.cpp": _same(".binary", "BinaryConv2dCPP"),
