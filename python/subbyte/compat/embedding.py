@@ -126,7 +126,7 @@ def _handle_for(qweight):
 
 
 class BinaryEmbeddingForward(torch.autograd.Function):
-    """apply(input, qweight, embed_scale, ori_embedding_dim, is_train) -> scale[t] * (2 bit - 1), [..., D]; dtype of embed_scale.
+    """apply(input, qweight, embed_scale, ori_embedding_dim, is_train) -> scale[t] * (2 bit - 1), [..., D], in its dtype.
 
     input: int64 or int32 of any shape. qweight: uint8 [V, ceil(D / 8)]. embed_scale: [V, 1]; if it requires a gradient it gets
     sum over look-ups and columns of G * sign. The backward pass gives the packed signs of the weight's gradient to
