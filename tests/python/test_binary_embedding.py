@@ -431,6 +431,36 @@ def test_the_table_alone_learns(device):
     assert losses["momentum"] < losses["descent"], losses
 
 
+def test_elements_without_a_finite_gradient_stay(device):
+    for gradient in ("sparse", "dense"):
+        module = BinaryEmbedding(3, 4, gradient=gradient, device=device)
+        before = values_of(module)
+        g = before[1].sign().float()[None]  # descent flips every bit
+        g[0, :3] = torch.tensor([torch.nan, torch.inf, 0.0])
+        module(torch.tensor([1], device=device)).backward(g)
+        module.update_("descent")
+        want = before.clone()
+        want[1, 3] *= -1
+        assert torch.equal(values_of(module), want)
+
+
+def test_values_that_are_not_finite_and_indices_of_other_types_are_value_errors(device):
+    for cls in (BinaryEmbedding, BinaryEmbeddingBag):
+        module = cls(3, 4, device=device)
+        before = module.qweight.clone()
+        w = torch.zeros(3, 4)
+        for value in (torch.nan, torch.inf):
+            w[1, 2] = value
+            with pytest.raises(ValueError, match=rf"reset_parameters: weight\[1, 2\] is {value}, expected finite"):
+                module.reset_parameters(w)
+        assert torch.equal(module.qweight, before)
+        with pytest.raises(ValueError, match="indices is Float"):
+            module(torch.ones(2, 2, device=device))
+    table, grad = torch.zeros(4, 1, dtype=torch.uint8, device=device), torch.zeros(4, 1, dtype=torch.uint8, device=device)
+    with pytest.raises(ValueError, match="active_indices is torch.float32, expected int64 or int32"):
+        functional.sparse_update_embedding_qweight(table, grad, torch.tensor([1.5], device=device))
+
+
 def test_public_names():
     assert subbyte.nn.BinaryEmbedding is BinaryEmbedding and subbyte.nn.BinaryEmbeddingBag is BinaryEmbeddingBag
     assert "1000, 10, padding_idx=3, gradient='sparse'" in repr(BinaryEmbedding(1000, 10, 3))

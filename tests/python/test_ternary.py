@@ -274,6 +274,24 @@ def test_a_compiled_layer_trains_as_the_eager_one(device):
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cls", [BitLinear, MultiTernaryLinear])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(activation_bits=1), "activation_bits is 1, expected None or 2 to 24"),
+        (dict(activation_bits=25), "activation_bits is 25"),
+        (dict(method="absmax"), "method is 'absmax', expected absmean or threshold"),
+        (dict(threshold=-0.1), "threshold is -0.1, expected at least 0"),
+        (dict(threshold=float("nan")), "threshold is nan"),
+        (dict(dtype=torch.int8), "dtype is torch.int8, expected a floating point type"),
+        (dict(in_features=-3), r"the weight is \[4, -3\], expected no negative size"),
+    ],
+)
+def test_contradicting_arguments_are_refused_when_the_layer_is_made(device, cls, options, message):
+    with pytest.raises(ValueError, match=f"{cls.__name__}: {message}"):
+        cls(**{"in_features": 3, "out_features": 4, "device": device, **options})
+
+
 def test_memory_of_packed_layers(device):
     layer = BitLinear(512, 256, bias=False, state="frozen")
     assert layer.weight.nbytes == subbyte.functional.estimate_memory_savings(512, 256)["runtime_bytes"]

@@ -484,6 +484,19 @@ def opcheck_cases(device):
     }
 
 
+def test_what_means_nothing_is_a_value_error(device):
+    with pytest.raises(ValueError, match="absmax_scale: W is \\[0, 3\\], expected elements"):
+        F.absmax_scale(torch.zeros(0, 3, device=device))
+    with pytest.raises(ValueError, match="absmax_scale: W is \\[2, 0\\], expected elements along 1"):
+        F.absmax_scale(torch.zeros(2, 0, device=device), dim=1)
+    with pytest.raises(ValueError, match="ternary_quantize: W is torch.int32, expected floating point"):
+        F.ternary_quantize(torch.ones(2, 2, dtype=torch.int32, device=device))
+    gamma = torch.tensor([1.0, torch.nan], device=device)
+    with pytest.raises(ValueError, match="pack_ternary: gamma holds nan, expected finite"):
+        F.pack_ternary(trits(2, 5, device=device), gamma)
+    assert F.pack_ternary(trits(2, 5, device=device), gamma, check=False).scales.isnan().sum() == 1
+
+
 @pytest.mark.parametrize("name", sorted(OPCHECKED))
 def test_opcheck(device, name):
     for case in opcheck_cases(device)[name]:

@@ -143,6 +143,8 @@ def sparse_update_embedding_qweight(qweight, grad_weight, active_indices, mode="
             f"sparse_update_embedding_qweight: qweight is {list(qweight.shape)}, grad_weight {list(grad_weight.shape)}, "
             "expected two dimensions each"
         )
+    if active_indices.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"sparse_update_embedding_qweight: active_indices is {active_indices.dtype}, expected int64 or int32")
     rows = torch.unique(active_indices.detach().long())
     if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < qweight.shape[0]:
         raise IndexError(
@@ -202,7 +204,7 @@ class RowMomentum:
                 grown = self.momentum.new_zeros(2 * (first + count), self.embedding_dim)
                 grown[:first] = self.momentum[:first]
                 self.momentum = grown
-            self.momentum[first : first + count] = start.round().to(self.momentum.dtype)  if self.unit != 1.0 else start
+            self.momentum[first : first + count] = start.round().to(self.momentum.dtype) if self.unit != 1.0 else start
             all_rows, order = torch.sort(torch.cat([self.rows, fresh]))
             self.slots = torch.cat([self.slots, torch.arange(first, first + count, device=codes.device)])[order]
             self.rows = all_rows

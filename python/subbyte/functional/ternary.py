@@ -29,7 +29,9 @@ def activation_quant(x, bits=8, straight_through=True):
 
 
 def absmax_scale(W, dim=None, keepdim=False):
-    """max|W|, of the whole tensor (0-dim) or along `dim`."""
+    """max|W|, of the whole tensor (0-dim) or along `dim`. ValueError where there is nothing to take the maximum of."""
+    if (W.numel() if dim is None else W.shape[dim]) == 0:
+        raise ValueError(f"absmax_scale: W is {list(W.shape)}, expected elements" + ("" if dim is None else f" along {dim}"))
     return W.abs().amax() if dim is None else W.abs().amax(dim, keepdim=keepdim)
 
 
@@ -40,6 +42,8 @@ def ternary_quantize(W, threshold=None):
     nowhere; weight_to_ternary also gives the scale.
     """
     W = W.detach()
+    if not W.is_floating_point():
+        raise ValueError(f"ternary_quantize: W is {W.dtype}, expected floating point")
     if threshold is None:
         threshold = 0.7 * W.abs().mean() if W.numel() else 0.0
     elif not isinstance(threshold, torch.Tensor) and not threshold >= 0:
@@ -92,7 +96,7 @@ def pack_ternary(W_ternary, gamma=None, *, dtype=None, check=True):
     """Ternary values [N, K] or [k, N, K], int8 or floating point, as a 2-bit PackedWeight of [N, K] or [k N, K].
 
     gamma: [N] or [k, N] (or one number for all), the scale of each row; None: 1. dtype: what the weight calls itself, gamma's
-    or float32 when None. check: refuse other values.
+    or float32 when None. check: refuse other values, and a gamma that is NaN or infinite.
     """
     if W_ternary.dim() not in (2, 3):
         raise ValueError(f"pack_ternary: W has {W_ternary.dim()} dimensions, expected [N, K] or [k, N, K]")
@@ -106,6 +110,8 @@ def pack_ternary(W_ternary, gamma=None, *, dtype=None, check=True):
     gamma = gamma.detach()
     if gamma.dim() > 0 and gamma.numel() != codes.shape[0]:
         raise ValueError(f"pack_ternary: gamma is {list(gamma.shape)}, expected {list(shape)}")
+    if check and not bool(gamma.isfinite().all()):
+        raise ValueError(f"pack_ternary: gamma holds {gamma[~gamma.isfinite()].flatten()[0].item()}, expected finite numbers")
     scales = gamma.float() if gamma.dtype == torch.float64 else gamma
     scales = (scales.reshape(-1, 1) if gamma.dim() > 0 else scales.expand(codes.shape[0], 1)).contiguous()
     in_features = W_ternary.shape[-1]

@@ -82,6 +82,12 @@ class _BinaryTable(_PackedState, torch.nn.Module):
                     f"point [{self.num_embeddings}, {self.embedding_dim}]"
                 )
             w = weight.detach().to(table.device, torch.float32)
+            if not bool(w.isfinite().all()):
+                row, column = (~w.isfinite()).nonzero()[0].tolist()
+                raise ValueError(
+                    f"{type(self).__name__}.reset_parameters: weight[{row}, {column}] is {float(w[row, column])}, expected finite "
+                    "numbers"
+                )
             w = w - w.mean() if w.numel() else w
             codes, scale = _binary_parts(w, self.padding_idx, self._padding_bit)
         table.codes.copy_(codes)
@@ -155,7 +161,8 @@ class _BinaryTable(_PackedState, torch.nn.Module):
             lr, beta: of the average. With a constant lr only start / lr matters.
             seed: of the rounding of int8 averages; None draws one.
 
-        Elements whose gradient is exactly 0 stay, where the gradient is known as numbers (not with gradient="packed").
+        Elements whose gradient is exactly 0, NaN or infinite stay, where the gradient is known as numbers (not with
+        gradient="packed").
         """
         mask = None
         if self.packed_grad is not None:
@@ -169,7 +176,7 @@ class _BinaryTable(_PackedState, torch.nn.Module):
                 rows = gradient.ne(0).any(1).nonzero()[:, 0]
                 values = gradient.index_select(0, rows)
             sign_bits = _ops.pack((values >= 0).to(torch.uint8), "sign")
-            mask = _ops.pack((values != 0).to(torch.uint8), "sign")
+            mask = _ops.pack(((values != 0) & values.isfinite()).to(torch.uint8), "sign")
         else:
             return
         codes = self.weight.codes

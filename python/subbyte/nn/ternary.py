@@ -23,7 +23,18 @@ class _TernaryLinear(_PackedState, torch.nn.Module):
         self, in_features, out_features, terms, bias, device, dtype, state, method, per_channel, threshold, activation_bits
     ):
         super().__init__()
-        self.in_features, self.out_features, self.terms = in_features, out_features, _terms(type(self).__name__, terms)
+        name = type(self).__name__
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"{name}: the weight is [{out_features}, {in_features}], expected no negative size")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"{name}: dtype is {dtype}, expected a floating point type")
+        if method not in ("absmean", "threshold"):
+            raise ValueError(f"{name}: method is {method!r}, expected absmean or threshold")
+        if not threshold >= 0:
+            raise ValueError(f"{name}: threshold is {threshold}, expected at least 0")
+        if activation_bits is not None and not (isinstance(activation_bits, int) and 2 <= activation_bits <= 24):
+            raise ValueError(f"{name}: activation_bits is {activation_bits!r}, expected None or 2 to 24")
+        self.in_features, self.out_features, self.terms = in_features, out_features, _terms(name, terms)
         self.method, self.per_channel, self.threshold = method, per_channel, threshold
         self.activation_bits = activation_bits
         self.state = "latent"
