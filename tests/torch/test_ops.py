@@ -4,8 +4,6 @@ The library is the file that SUBBYTE_TORCH_LIB names; it is loaded without the s
 """
 
 import os
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -351,17 +349,6 @@ def opcheck_cases(device):
 def test_opcheck(name, device):
     for case in opcheck_cases(device)[name]:
         torch.library.opcheck(getattr(ops, name).default, case)
-
-
-def test_every_tensor_op_is_opchecked():
-    listed = {s.split("::")[1].split(".")[0] for s in torch._C._dispatch_get_all_op_names() if s.startswith("subbyte::")}
-    checked = set(opcheck_cases("cpu"))
-    assert checked <= listed
-    # Families of ops have files of their own beside this one.
-    texts = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
-    elsewhere = "\n".join(text for text in texts if "library.opcheck(" in text)
-    left = {n for n in listed - checked if not n.startswith("gguf") and not re.search(rf"\b{n}\b", elsewhere)}
-    assert not left
 
 
 @pytest.mark.parametrize("device", DEVICES)
