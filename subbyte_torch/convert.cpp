@@ -3,6 +3,8 @@
 #include <ATen/ops/empty.h>
 #if SB_CUDA
 #include <c10/cuda/CUDAStream.h>
+
+#include "subbyte/base/value_watch.h"
 #endif
 
 namespace subbyte {
@@ -104,6 +106,7 @@ void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data
 
 Stream stream_of(const at::Tensor& t) {
 #if SB_CUDA
+  translated([] { cuda::throw_watched(); });
   return Stream{c10::cuda::getCurrentCUDAStream(t.device().index()).stream()};
 #else
   TORCH_CHECK(false, "subbyte was built without CUDA, a tensor is on ", t.device());

@@ -71,7 +71,8 @@ void* mutable_data_of(const at::Tensor& t);
 const uint8_t* bytes_of(const at::Tensor& t);
 uint8_t* mutable_bytes_of(const at::Tensor& t);
 
-// The stream that PyTorch works on, on the device of `t`. Throws in a library built without CUDA.
+// The stream that PyTorch works on, on the device of `t`. Throws in a library built without CUDA, and throws what an earlier op
+// found on the device (subbyte/base/value_watch.h).
 Stream stream_of(const at::Tensor& t);
 
 // `bytes` bytes on the device of `anchor`; undefined when 0. PyTorch's allocators align to 64 bytes or more.

@@ -1,5 +1,6 @@
 // Everything a C++ program needs of the LibTorch layer.
 #pragma once
+#include "subbyte_torch/device_checks.h"        // IWYU pragma: export
 #include "subbyte_torch/nn/binary.h"            // IWYU pragma: export
 #include "subbyte_torch/nn/binary_embedding.h"  // IWYU pragma: export
 #include "subbyte_torch/nn/embedding.h"         // IWYU pragma: export

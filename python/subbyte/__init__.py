@@ -15,6 +15,7 @@ __version__ = info()["version"]
 from . import distributed, functional, mpq, nn, optim  # noqa: E402
 from .checkpoint import FormatError, TensorFile, load, load_weights_, save  # noqa: E402
 from .conversion import LayerReport, QuantizeReport, quantize_  # noqa: E402
+from .device_checks import raise_device_errors, set_device_checks  # noqa: E402
 from .doctor import doctor  # noqa: E402
 from .gguf import load_gguf  # noqa: E402
 from .packed_weight import PackedWeight, set_rounding_generator  # noqa: E402
@@ -39,6 +40,8 @@ __all__ = [
     "nn",
     "optim",
     "quantize_",
+    "raise_device_errors",
     "save",
+    "set_device_checks",
     "set_rounding_generator",
 ]

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "subbyte/base/stream.h"
+#include "subbyte/base/value_watch.h"
 #include "subbyte/formats/packed_matrix.h"
 
 namespace subbyte::testing {
@@ -74,6 +75,21 @@ class TestStream {
   Stream stream() const { return Stream{stream_}; }
   cudaStream_t raw() const { return stream_; }
   void wait() const { require(cudaStreamSynchronize(stream_)); }
+  // Waits; the text of the error that a device has reported (value_watch.h), empty when there is none.
+  std::string reported() const {
+    wait();
+    try {
+      cuda::throw_watched();
+    } catch (const std::exception& e) {
+      return e.what();
+    }
+    return {};
+  }
+  // The report begins so.
+  void expect_report(const std::string& beginning) const {
+    const std::string text = reported();
+    EXPECT_EQ(text.substr(0, beginning.size()), beginning) << text;
+  }
 
  private:
   cudaStream_t stream_ = nullptr;

@@ -2,8 +2,8 @@
 // subbyte/ops/binary_matmul/binary_matmul.h and binary_conv2d.h; gradients straight-through, as written below. The sums are
 // exact integers until the scale.
 //
-// Scales and clips are floating-point tensors of one element, which stay on their device: nothing is read back. On the CPU a
-// scale that is not above 0, or not finite, is a ValueError; on CUDA, where looking would mean waiting, the formula holds as it
+// Scales and clips are floating-point tensors of one element, which stay on their device: nothing is read back. A scale that is
+// not above 0, or not finite, is a ValueError; on CUDA the next op throws it (device_checks.h) and the formula holds as it
 // stands. Bias and shift are cast to x's dtype. Under autocast binary_linear and binary_conv2d take operands as they are, since
 // casting gains nothing; binary_matmul widens the narrower operand.
 #pragma once

@@ -80,8 +80,7 @@ at::Tensor binary_conv2d_with(Run run, SB_CONV_PARAMS) {
   check_device(op, "scale_a", scale_a, "x", x);
   check_device(op, "scale_w", scale_w, "x", x);
   if (given(shift)) check_device(op, "shift", *shift, "x", x);
-  check_scale_value(op, "scale_a", scale_a);
-  check_scale_value(op, "scale_w", scale_w);
+  check_scale_values(op, "scale_a", scale_a, "scale_w", scale_w);
   const at::Tensor image = shifted(x, shift).resolve_neg();
   const at::Tensor b = given(bias) ? bias_of(op, bias->to(x.scalar_type()), "x", x) : at::Tensor();
   const at::Tensor scale = scale_product(scale_a, scale_w, x.scalar_type());

@@ -58,8 +58,7 @@ at::Tensor binary_linear_with(Run run, const at::Tensor& x, const OptionalTensor
   check_device(op, "scale_a", scale_a, "x", x);
   check_device(op, "scale_w", scale_w, "x", x);
   if (given(shift)) check_device(op, "shift", *shift, "x", x);
-  check_scale_value(op, "scale_a", scale_a);
-  check_scale_value(op, "scale_w", scale_w);
+  check_scale_values(op, "scale_a", scale_a, "scale_w", scale_w);
   const Rows rows = rows_of(op, "x", shifted(x, shift));
   const at::Tensor b = given(bias) ? bias_of(op, bias->to(x.scalar_type()), "x", x) : at::Tensor();
   const at::Tensor scale = scale_product(scale_a, scale_w, x.scalar_type());

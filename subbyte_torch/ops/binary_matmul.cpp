@@ -42,8 +42,7 @@ at::Tensor binary_matmul_with(Run run, const at::Tensor& x, const at::Tensor& z,
   check_device(op, "z", z, "x", x);
   check_device(op, "x_clip", x_clip, "x", x);
   check_device(op, "z_clip", z_clip, "x", x);
-  check_scale_value(op, "x_clip", x_clip);
-  check_scale_value(op, "z_clip", z_clip);
+  check_scale_values(op, "x_clip", x_clip, "z_clip", z_clip);
   const BatchedRows xr = batched_rows_of(op, "x", x, y), zr = batched_rows_of(op, "z", z, y);
   const at::Tensor scale = scale_product(x_clip, z_clip, x.scalar_type());
   BinaryMatmulParams p;

@@ -6,7 +6,11 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <cmath>
+#include <utility>
 
+#if SB_CUDA
+#include "subbyte/base/value_watch.h"
+#endif
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops/packed.h"
 
@@ -22,10 +26,24 @@ void check_scale(const char* op, const char* name, const at::Tensor& scale) {
                     scale.sym_sizes(), ", expected one floating-point number");
 }
 
-void check_scale_value(const char* op, const char* name, const at::Tensor& scale) {
-  if (!scale.is_cpu()) return;
-  const double value = scale.item().toDouble();
-  TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, op, ": ", name, " is ", value, ", expected a finite number above 0");
+void check_scale_values(const char* op, const char* first_name, const at::Tensor& first, const char* second_name,
+                        const at::Tensor& second) {
+#if SB_CUDA
+  if (first.is_cuda()) {
+    const auto watched = [op](const char* name, const at::Tensor& scale) {
+      return cuda::WatchedScale{data_of(scale), dtype_of(op, name, scale.scalar_type()), name};
+    };
+    translated([&] {
+      cuda::watch_scales(watched(first_name, first), watched(second_name, second), cuda::ScaleRange::kPositive, op,
+                         stream_of(first));
+    });
+    return;
+  }
+#endif
+  for (const auto& [name, scale] : {std::pair{first_name, &first}, std::pair{second_name, &second}}) {
+    const double value = scale->item().toDouble();
+    TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, op, ": ", name, " is ", value, ", expected a finite number above 0");
+  }
 }
 
 at::Tensor scale_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {

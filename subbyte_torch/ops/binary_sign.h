@@ -8,8 +8,9 @@ namespace subbyte {
 
 // Floating point, one element.
 void check_scale(const char* op, const char* name, const at::Tensor& scale);
-// CPU tensors only, others pass: finite and above 0.
-void check_scale_value(const char* op, const char* name, const at::Tensor& scale);
+// Finite and above 0. On the CPU at once; on CUDA the device looks and the next op throws (subbyte/base/value_watch.h).
+void check_scale_values(const char* op, const char* first_name, const at::Tensor& first, const char* second_name,
+                        const at::Tensor& second);
 
 // a * b as one element of what sums of `type` are scaled in: float64 for float64, else float32.
 at::Tensor scale_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);

@@ -7,6 +7,7 @@
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -83,6 +84,14 @@ at::Tensor embedding_grad_weight_dense(const at::Tensor& gy, const at::Tensor& i
   check_device("embedding_grad_weight", "indices", indices, "gy", gy);
   at::Tensor gw = embedding_grad_weight_shape(gy, indices, num_embeddings, padding_idx);
   if (gw.numel() == 0 || indices.numel() == 0) return gw.zero_();
+  if (indices.is_cuda()) {
+    // PyTorch's kernel would write outside the matrix where an index is: those go to a row that is cut off. The forward pass
+    // has reported them.
+    const at::Tensor inside = indices.ge(0).logical_and_(indices.lt(num_embeddings));
+    const at::Tensor rows = at::where(inside, indices, num_embeddings);
+    return gw.copy_(at::embedding_dense_backward(gy, rows, num_embeddings + 1, padding_idx, /*scale_grad_by_freq=*/false)
+                        .narrow(0, 0, num_embeddings));
+  }
   return gw.copy_(at::embedding_dense_backward(gy, indices, num_embeddings, padding_idx, /*scale_grad_by_freq=*/false));
 }
 

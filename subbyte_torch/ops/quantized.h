@@ -1,7 +1,7 @@
 // Operations whose two operands are integers on learned steps: q(v, s) = clamp(rint(v / s), -2^(bits-1), 2^(bits-1) - 1), ties
 // to even, s = max(step, eps). Values and rounding: subbyte/ops/quantized_matmul/quantized_matmul.h; gradients:
-// step_gradient.h. Steps are tensors of one floating-point number on x's device and stay there; on the CPU a step that is NaN
-// or infinite is a ValueError, on a GPU, where looking would mean waiting, it makes the result NaN.
+// step_gradient.h. Steps are tensors of one floating-point number on x's device and stay there; a step that is NaN or infinite
+// is a ValueError; on a GPU it makes the result NaN and the next op throws (device_checks.h).
 #pragma once
 #include <ATen/core/Tensor.h>
 

@@ -247,8 +247,10 @@ def test_functions_take_float_and_packed_weights(kind, bits, device):
     direct = function.forward(context, x, layer.weight, scale_a, layer.scale_w, eps, True)
     gradients = function.backward(context, torch.ones_like(direct))
     assert torch.equal(direct, y) and len(gradients) == 6 and gradients[5] is None
-    assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], layer.weight.grad)
-    assert gradients[2].shape == () and torch.equal(gradients[2], scale_a.grad)
+    # The gradient of a sum comes expanded, for which a library may choose another order of additions.
+    assert gradients[2].shape == ()
+    for got, want in zip(gradients, (x.grad, layer.weight.grad, scale_a.grad)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -402,18 +402,14 @@ def test_deepcopy_and_pickle_keep_the_state():
 
 
 def test_capturable_steps_have_the_bits_of_the_ordinary_ones_up_to_rounding_of_the_numbers(device):
-    a, b = build(device=device), build(device=device)
-    train(a, PackedAdamW(a.parameters(), lr=1e-2), 3)
-    if device == "cuda":
-        train(b, PackedAdamW(b.parameters(), lr=1e-2, capturable=True), 3)
-        assert same(a, b)
-        return
-    optimizer = PackedAdamW([p for p in b.parameters() if isinstance(p, PackedWeight)], lr=1e-2, capturable=True)
-    c = build()
-    plain = PackedAdamW([p for p in c.parameters() if isinstance(p, PackedWeight)], lr=1e-2)
-    train(b, optimizer, 3)
-    train(c, plain, 3)
-    assert same(b, c)
+    # Packed weights alone: torch's own capturable step of the others rounds differently.
+    models = []
+    for capturable in (False, True):
+        model = build(device=device)
+        packed = [p for p in model.parameters() if isinstance(p, PackedWeight)]
+        train(model, PackedAdamW(packed, lr=1e-2, capturable=capturable), 3)
+        models.append(model)
+    assert same(*models)
 
 
 def test_wrong_arguments_are_refused():

@@ -175,11 +175,16 @@ def test_stray_indices_are_an_index_error():
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no CUDA device")
-def test_on_cuda_a_stray_index_gives_nan_and_no_assert():
+def test_on_cuda_a_stray_index_gives_nan_and_an_index_error_but_no_assert():
     args, values = table(device="cuda")
     y = ops.embedding(torch.tensor([1, 17, -5], device="cuda"), None, *args)
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=r"embedding: index (17 at position 1|-5 at position 2) is outside the table"):
+        ops.raise_device_errors()
     bags = ops.embedding_bag(torch.tensor([[1, 2], [3, 17]], device="cuda"), None, None, *args)
     torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="embedding_bag: index 17 at position 3 is outside the table"):
+        ops.embedding(torch.tensor([1], device="cuda"), None, *args)  # the next operation raises
     assert torch.equal(y[0].double(), values[1]) and y[1:].isnan().all() and not bags[0].isnan().any() and bags[1].isnan().all()
 
 

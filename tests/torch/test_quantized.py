@@ -403,6 +403,8 @@ def test_bad_arguments_are_named():
 def test_a_step_that_is_no_number_makes_the_result_nan_on_the_device_and_other_devices_are_refused():
     x, s = draw(3, 8, device="cuda"), scalar(0.3, "cuda")
     assert ops.quantized_matmul(x, x, s, scalar(math.inf, "cuda")).isnan().all()
+    with pytest.raises(ValueError, match="quantized_matmul: z_step is inf, expected a finite number"):
+        torch.cuda.synchronize(), ops.raise_device_errors()
     with pytest.raises(ValueError, match="z_step is on cpu"):
         ops.quantized_matmul(x, x, s, scalar(0.3))
     cpu = ops.quantized_matmul(x.cpu(), x.cpu(), s.cpu(), s.cpu())

@@ -88,7 +88,7 @@ def test_activation_quant_takes_any_strides_and_small_tokens(device):
     tiny = torch.tensor([[1e-7, -4e-6], [0.0, 0.0]], device=device)
     y = F.activation_quant(tiny)  # the scale stops at 1e-5
     assert torch.equal(y, rounded_tokens(tiny, 8)) and y[1].abs().max() == 0
-    assert y[0, 0] == pytest.approx(1e-5 / 127)
+    assert y[0, 0].item() == pytest.approx(1e-5 / 127)
     assert F.activation_quant(torch.tensor([1.0, float("nan")], device=device)).isnan().all()
 
 

@@ -2,8 +2,7 @@
 
 Formulas of the values: subbyte/ops/binary_matmul/binary_matmul.h and subbyte/ops/binary_conv2d/binary_conv2d.h; of the gradients:
 subbyte_torch/ops/binary.h. A scale or clip is a floating-point tensor of one element on the device of the operands; it is never
-read back. On the CPU one that is not above 0, or not finite, is a ValueError; on CUDA, where looking would mean waiting, the
-formula holds as it stands. Source: Rastegari et al., XNOR-Net (2016); Hubara et al., Binarized Neural Networks (2016).
+read back. One that is not above 0, or not finite, is a ValueError (on CUDA deferred, see subbyte.set_device_checks). Source: Rastegari et al., XNOR-Net (2016); Hubara et al., Binarized Neural Networks (2016).
 """
 
 import torch

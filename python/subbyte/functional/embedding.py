@@ -37,7 +37,7 @@ def embedding_bag(
         padding_idx: look-ups of this row are left out, as in torch.nn.functional.embedding_bag. A bag without look-ups gives 0.
         dtype: of the result; the weight's when None.
 
-    Returns [bags, D]. IndexError for an index outside the table (on CUDA, where nothing is waited for, a bag of NaN).
+    Returns [bags, D]. IndexError for an index outside the table (on CUDA deferred, see subbyte.set_device_checks).
     """
     _expect_packed("embedding_bag", weight)
     padding_idx = resolve_padding_idx("embedding_bag", padding_idx, weight.shape[0])

@@ -18,8 +18,8 @@ def quantized_matmul(x, z, x_step, z_step, bits=4, eps=1e-5):
     """x [..., M, K] times z [..., N, K] transposed, both rounded to `bits` bits (2 to 8) on their steps: [..., M, N].
 
     Leading dimensions broadcast. x and z are of one floating dtype, which is the result's. Gradients to all four.
-    ValueError for other shapes, dtypes or bits, and (on the CPU) for a step that is NaN or infinite; on a GPU such a step makes
-    the result NaN.
+    ValueError for other shapes, dtypes or bits, and for a step that is NaN or infinite (on CUDA deferred, see
+    subbyte.set_device_checks; the result is NaN).
     """
     return _ops.quantized_matmul(x, z, x_step, z_step, bits, eps)
 

@@ -206,7 +206,8 @@ class BinaryEmbedding(_BinaryTable):
         train_scale: scale [V, 1] is a parameter, dL/dscale[t] = sum of G (2 bit - 1).
         device, dtype: of the output; scales have it too (float32 for float64).
 
-    indices are int64 or int32 of any shape; IndexError outside the table (on CUDA rows of NaN, and IndexError in backward).
+    indices are int64 or int32 of any shape; IndexError outside the table (on CUDA deferred, see
+    subbyte.set_device_checks).
     weight is a PackedWeight; update_() moves bits without an optimizer, and any of torch.optim steps with stochastic rounding.
     active_indices holds the indices of the last forward pass that wanted a gradient, in this instance alone.
     """

@@ -89,7 +89,7 @@ TEST(EmbeddingCuda, LooksUpTheReferencesBitsAndMakesAStrayIndexANanRow) {
     p.indices_are_int64 = wide;
     p.out = out.data();
     cuda::embedding(p, stream.stream());
-    stream.wait();
+    stream.expect_report("embedding: index ");
     std::vector<uint8_t> got = out.host();
     const int64_t row_bytes = c.k * dtype_bytes(p.out_dtype);
     for (int row : {5, 9})

@@ -2,6 +2,7 @@
 // codes, so a warp's 32 sign codes are one four-byte line. Limited by the latency of the scattered rows, which the unrolled
 // loop and the many bags hide.
 #include "subbyte/base/cuda_launch.h"
+#include "subbyte/base/value_watch.h"
 #include "subbyte/formats/cuda_codes.h"
 #include "subbyte/ops/embedding_bag/embedding_bag_cuda.h"
 
@@ -59,7 +60,9 @@ __global__ void __launch_bounds__(256) bag_kernel(const __grid_constant__ Embedd
 }  // namespace
 
 void embedding_bag(const EmbeddingBagParams& p, Stream stream) {
-  if (!check_sizes(p) || p.table.k == 0) return;
+  if (!check_sizes(p)) return;
+  watch_indices(p.indices, p.indices_are_int64, p.count, p.table.n, "embedding_bag", "index", stream);
+  if (p.table.k == 0) return;
   const RowGrid g = row_grid(p.bags, p.table.k, 1);
   dispatch_dtype(p.out_dtype, [&](auto tag) {
     bag_kernel<decltype(tag)::value><<<g.grid, g.block, 0, stream_of(stream)>>>(p, p.table.groups());

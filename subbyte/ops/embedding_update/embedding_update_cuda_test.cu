@@ -63,7 +63,7 @@ TEST(EmbeddingUpdateCuda, CodesAndAveragesAreTheReferencesBitsAndStrayRowsAreLef
         d.momentum = d_momentum.data();
         embedding_update(p);
         cuda::embedding_update(d, stream.stream());
-        stream.wait();
+        stream.expect_report("embedding_update: row ");
         ASSERT_EQ(d_codes.host(), codes) << "K " << k << " mode " << int(mode) << " flags " << flags;
         ASSERT_EQ(d_momentum.host(), momentum) << "K " << k << " mode " << int(mode) << " flags " << flags;
       }

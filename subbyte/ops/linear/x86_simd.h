@@ -39,7 +39,7 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 14;     // 14x32: 28 sums, 2 vectors of weights, 1 broadcast of 32 registers
   static constexpr int kPanelDepth = 256;  // 32 KiB: two thirds of L1
-  static constexpr int kRowBlock = 384;  // 384 KiB of x beside the weight's codes in L2 (1 MiB on Zen 4, 2 on Sapphire Rapids)
+  static constexpr int kRowBlock = 544;    // 544 KiB of x in L2 (1 MiB on Zen 4, 2 on Sapphire Rapids): 512 rows are one block
   using Float = __m512;
   using Int = __m512i;
 

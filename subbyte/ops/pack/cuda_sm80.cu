@@ -2,6 +2,7 @@
 // rows. One launch a segment, the width a template argument, so that shifts are constants.
 // Limited by memory bandwidth: 1 + b/8 bytes a code; widths 3, 5, 6, 7 write single bytes, which the L2 cache joins.
 #include "subbyte/base/cuda_launch.h"
+#include "subbyte/base/value_watch.h"
 #include "subbyte/formats/cuda_codes.h"
 #include "subbyte/ops/pack/pack_cuda.h"
 
@@ -96,6 +97,7 @@ void pack(const PackParams& p, Stream stream) {
   for (int i = 0; i < p.layout.segment_count; ++i) {
     const Segment& s = p.layout.segments[i];
     if (s.k_count == 0) continue;
+    watch_codes(p.unpacked + s.k_begin, p.n, s.k_count, p.unpacked_stride, format_levels(s.format), "pack", "code", stream);
     const StreamView v = view_of(p.layout, s, p.n, p.packed, p.unpacked, p.unpacked_stride);
     const RowGrid g = row_grid(p.n, ceil_div(s.k_count, 8), 8);
     switch (format_bits(s.format)) {

@@ -3,6 +3,7 @@
 // encode: a thread eight codes, stepping through rows; one Philox block serves four neighbouring elements when their indices
 // allow it. Limited by the bytes of w read (twice by quantize: choose, then encode).
 #include "subbyte/base/cuda_launch.h"
+#include "subbyte/base/value_watch.h"
 #include "subbyte/formats/cuda_codes.h"
 #include "subbyte/ops/quantize/choose_rule.h"
 #include "subbyte/ops/quantize/code_rule.h"
@@ -120,6 +121,7 @@ void quantize(const QuantizeParams& params, Stream stream) {
   p.out.codes = p.codes;
   p.out.scales = p.scales;
   p.out.zeros = p.zeros;
+  watch_finite(p.w, p.w_dtype, p.out.n, p.out.k, p.w_stride, "quantize", "w", stream);
   const int64_t groups = p.out.groups(), blocks = min_i64(ceil_div(p.out.n * groups, 8), 1 << 20);
   dispatch_dtype(p.w_dtype, [&](auto tag) {
     choose_kernel<decltype(tag)::value><<<unsigned(blocks), 256, 0, stream_of(stream)>>>(p, groups);
@@ -130,6 +132,7 @@ void quantize(const QuantizeParams& params, Stream stream) {
 
 void encode(const QuantizeParams& p, Stream stream) {
   if (!check_encode_sizes(p)) return;
+  watch_finite(p.w, p.w_dtype, p.out.n, p.out.k, p.w_stride, "encode", "w", stream);
   launch_encode(p, stream, "encode");
 }
 

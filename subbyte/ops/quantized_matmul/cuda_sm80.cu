@@ -5,6 +5,7 @@
 // the matrix units for large matrices, by the bytes of the operands for small ones. A packed z is widened to int8 first, which
 // costs few rows of x up to five times its bytes; weight-only and a8 layers have kernels that do without (ops/linear_a8).
 #include "subbyte/base/cuda_launch.h"
+#include "subbyte/base/value_watch.h"
 #include "subbyte/formats/cuda_codes.h"
 #include "subbyte/ops/quantized_matmul/int8_operands.h"
 #include "subbyte/ops/quantized_matmul/quantized_matmul_cuda.h"
@@ -170,6 +171,7 @@ void quantized_matmul(const QuantizedMatmulParams& p, Stream stream) {
   const int64_t tiles = v.tiles_n * ceil_div(p.m, kTile), most = int64_t(1) << 31;
   check_arg(tiles < most && v.w.x_rows / kRowWarps < most - 1 && v.w.z_rows / kRowWarps < most - 1, op, ": M = ", p.m,
             ", N = ", p.n, ", B = ", p.batch, " are more than one launch can do");
+  watch_scales({p.x_step, DType::kF32, "x_step"}, {p.z_step, DType::kF32, "z_step"}, ScaleRange::kFinite, op, stream);
   uint8_t* base = static_cast<uint8_t*>(p.workspace);
   const auto quantize = [&](const void* from, DType dtype, int64_t rows, int64_t rows_a_batch, int64_t row_stride,
                             int64_t batch_stride, const float* step, int64_t at, int64_t marks_at) {
