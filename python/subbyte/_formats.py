@@ -27,19 +27,27 @@ def resolve_format(bits, format):
         if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
             raise ValueError(f"bits is {bits!r}, expected an integer from 1 to 8 (ternary is format='ternary')")
         format = "sign" if bits == 1 else f"uint{bits}"
+    if not isinstance(format, str):
+        raise ValueError(f"format is {format!r}, expected a name such as 'uint4', or mixed width such as 'uint8*64+uint4*448'")
     if "*" not in format:
-        format_bits(format)  # raises for an unknown name, listing the known ones
+        try:
+            format_bits(format)  # raises for an unknown name, listing the known ones
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("pack: ")) from None
     return format
 
 
 def resolve_group_size(group_size, in_features):
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+    is_size = isinstance(group_size, int) and not isinstance(group_size, bool)
+    if not is_size or not (1 <= group_size < 2**63 or group_size == -1):
         raise ValueError(f"group_size is {group_size!r}, expected a positive integer, or -1 for a whole row")
     return max(1, in_features) if group_size == -1 else group_size
 
 
 def default_scheme(format, sym, scheme, zero_kind):
     """(scheme, zero_kind) as the op wants them."""
+    if sym not in (None, True, False) or isinstance(sym, int) and not isinstance(sym, bool):
+        raise ValueError(f"sym is {sym!r}, expected True, False or None")
     names = [segment.split("*")[0] for segment in format.split("+")]
     only_symmetric = all(name in _SYMMETRIC for name in names)
     if sym is None:
@@ -52,3 +60,23 @@ def default_scheme(format, sym, scheme, zero_kind):
     if scheme is None:
         scheme = "minmax" if not sym else "absmean" if only_symmetric else "absmax"
     return scheme, zero_kind
+
+
+def check_quantize_options(scale_dtype, rounding, seed):
+    if scale_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"scale_dtype is {scale_dtype!r}, expected torch.float32, torch.float16, torch.bfloat16 or None")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is {rounding!r}, expected 'nearest' or 'stochastic'")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}, expected an integer of 64 bits")
+
+
+def check_permutation(perm):
+    """ValueError unless perm names every column once: kernels would leave the columns that it does not name unwritten."""
+    if perm is None or perm.dim() != 1 or perm.is_meta or torch.compiler.is_compiling():
+        return  # what is no vector, the op's shape rule names
+    if isinstance(perm, torch._subclasses.FakeTensor) or not perm.numel():
+        return
+    columns = torch.arange(len(perm), device=perm.device)
+    if not torch.equal(perm.sort().values.to(columns.dtype), columns):
+        raise ValueError(f"perm is no permutation of 0 .. {len(perm) - 1}")

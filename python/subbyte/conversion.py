@@ -1,6 +1,7 @@
 """quantize_: packs the weights of any torch.nn model in place."""
 
 import fnmatch
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +95,8 @@ def _kind(module):
     kind = type(module)
     if isinstance(module, (nn.Linear, nn.Embedding)):
         return "already packed"
+    if isinstance(module._parameters.get("weight"), torch.nn.parameter.UninitializedTensorMixin):
+        return "its weight is not initialized yet"
     if isinstance(module, torch.nn.Linear):
         return "linear" if kind.forward is torch.nn.Linear.forward else f"{kind.__name__} has a forward of its own"
     if isinstance(module, torch.nn.Embedding):
@@ -117,6 +120,8 @@ def _matching(pattern, names):
 
 
 def _check_options(where, options):
+    if not isinstance(options, Mapping):
+        raise ValueError(f"quantize_: {where} is {options!r}, expected a dict of options")
     for name in options:
         if name not in _OPTIONS:
             raise ValueError(f"quantize_: {where}: '{name}' is unknown, expected one of {', '.join(_OPTIONS)}")
@@ -167,8 +172,8 @@ def quantize_(
 
     A weight that several modules share stays shared: it is packed once, left alone when one of them is skipped, and refused
     when their options differ. Other modules (convolutions, norms, subclasses with a forward of their own) stay as they are.
-    Returns a QuantizeReport; print it for a table. ValueError for an unknown option or a pattern that matches nothing, before
-    anything is changed.
+    Returns a QuantizeReport; print it for a table. ValueError for a wrong option, a pattern that matches nothing, or a weight
+    that is not finite, before anything is changed.
     """
     base = {
         "bits": bits,
@@ -182,9 +187,16 @@ def quantize_(
         "seed": seed,
         "activation_bits": activation_bits,
     }
-    overrides = overrides or {}
-    if isinstance(skip, str):
-        raise ValueError(f"quantize_: skip is the string {skip!r}, expected a list of names or patterns")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"quantize_: model is of type {type(model).__name__}, expected a torch.nn.Module")
+    overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(pattern, str) for pattern in overrides):
+        raise ValueError(f"quantize_: overrides is {overrides!r}, expected a dict of names or patterns to options")
+    skip = () if skip is None else skip
+    if isinstance(skip, Iterable) and not isinstance(skip, str):
+        skip = list(skip)
+    if not isinstance(skip, list) or not all(isinstance(pattern, str) for pattern in skip):
+        raise ValueError(f"quantize_: skip is {skip!r}, expected a list of names or patterns")
     report = QuantizeReport()
     modules = dict(model.named_modules(remove_duplicate=False))
     kinds = {name: kind for name, module in modules.items() if (kind := _kind(module)) is not None}
@@ -250,9 +262,9 @@ def quantize_(
                     f"quantize_: {names[0]} and {name} share their weight, but {different[0]} is "
                     f"{first[different[0]]!r} for one and {options[name][different[0]]!r} for the other"
                 )
-        resolve_format(first["bits"], first["format"])
         for name in names:
             check_activation_bits(options[name]["activation_bits"])
+        _check_packing(names[0], weight, kinds[names[0]], first)
         work.append(names)
     for name, kind in kinds.items():
         if kind not in _KINDS and kind != "already packed":
@@ -266,7 +278,7 @@ def quantize_(
         try:
             packed = PackedWeight.from_float(dense, **{o: options[names[0]][o] for o in _WEIGHT_OPTIONS})
         except ValueError as error:
-            raise ValueError(f"{names[0]}: {error}") from None
+            raise ValueError(f"quantize_: {names[0]}: {error}") from None
         parameter = torch.nn.Parameter(packed, requires_grad=old.requires_grad)
         seen = set()
         for name in names:
@@ -286,6 +298,19 @@ def quantize_(
             )
         )
     return report
+
+
+def _check_packing(name, weight, kind, options):
+    """ValueError, naming the layer, for options or values that from_float would refuse."""
+    resolve_format(options["bits"], options["format"])  # without the layer's name: mostly the call's own
+    try:
+        template = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        PackedWeight.from_float(template.t() if kind == "conv1d" else template, **{o: options[o] for o in _WEIGHT_OPTIONS})
+        if not weight.is_meta and weight.numel() and not all(torch.isfinite(end) for end in weight.detach().aminmax()):
+            at = (~weight.detach().isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"weight{at} is {weight[tuple(at)].item()}, expected finite values")
+    except ValueError as error:
+        raise ValueError(f"quantize_: {name}: {error}") from None
 
 
 def _relative_error(dense, packed):

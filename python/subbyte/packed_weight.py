@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _library
-from ._formats import default_scheme, format_bits, resolve_format, resolve_group_size
+from ._formats import check_permutation, check_quantize_options, default_scheme, format_bits, resolve_format, resolve_group_size
 
 _ops = _library.load()
 aten = torch.ops.aten
@@ -83,6 +83,7 @@ class PackedWeight(torch.Tensor):
         in_features, group_size = int(in_features), int(group_size)
         meta = [None if t is None else t.detach().to("meta") for t in (codes, scales, zeros, offsets, perm)]
         _ops.dequantize(*meta, format, in_features, group_size)  # the shape rule of the op is the check
+        check_permutation(perm)
         for name, part in zip(PART_NAMES, (codes, scales, zeros, offsets, perm)):
             if part is not None and part.device != codes.device:
                 raise ValueError(f"PackedWeight: {name} is on {part.device}, codes is on {codes.device}")
@@ -147,6 +148,8 @@ class PackedWeight(torch.Tensor):
         format = resolve_format(bits, format)
         group_size = resolve_group_size(group_size, w.shape[1])
         scheme, zero_kind = default_scheme(format, sym, scheme, zero_kind)
+        check_quantize_options(scale_dtype, rounding, seed)
+        check_permutation(perm)
         codes, scales, zeros = _ops.quantize(w, format, group_size, scheme, zero_kind, scale_dtype, perm, rounding, seed)
         return cls._wrap(
             codes,
@@ -370,7 +373,45 @@ def _function_setitem(self, index, value):
     return True
 
 
-@_overrides(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist)
+@_overrides(torch.Tensor.data.__set__)
+def _function_set_data(self, value):
+    if not isinstance(self, PackedWeight):
+        return NotImplemented
+    if self.shape != value.shape:
+        raise ValueError(f"PackedWeight: data of shape {list(value.shape)} is assigned to a weight of shape {list(self.shape)}")
+    with torch.no_grad():
+        if not isinstance(value, PackedWeight):
+            self.copy_(value)
+            return None
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(self, value)  # dtype, device and strides
+        for name in (*PART_NAMES, "format", "in_features", "group_size", "transposed"):
+            setattr(self, name, getattr(value, name))
+    return None
+
+
+@_overrides(torch.empty_like)
+def _function_empty_like(input, *, dtype=None, device=None, **kwargs):
+    # With a device it is Module.to_empty, which wants a parameter of the same kind; without, an optimizer's dense state.
+    if not isinstance(input, PackedWeight) or device is None:
+        return NotImplemented
+    with torch.no_grad():
+        return input._map_parts(lambda part: torch.empty_like(part, device=device), dtype=dtype)
+
+
+@_overrides(torch.Tensor.share_memory_)
+def _function_share_memory_(self):
+    for part in self.parts.values():
+        part.share_memory_()
+    return self
+
+
+@_overrides(torch.Tensor.is_shared)
+def _function_is_shared(self):
+    return all(part.is_shared() for part in self.parts.values())
+
+
+@_overrides(torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist, torch.Tensor.__dlpack__)
 def _function_read(self, *args, **kwargs):
     raise TypeError("a PackedWeight has no array of values; ask for its dequantize() first")
 

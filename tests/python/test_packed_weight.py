@@ -415,3 +415,43 @@ def test_compiling_an_update_is_refused_because_its_seed_would_be_frozen():
 
     with pytest.raises(Exception, match="cannot be compiled"):
         torch.compile(update, fullgraph=True)(w, torch.ones(12, 37))
+
+
+def test_shared_memory_holds_the_parts():
+    layer = subbyte.nn.Linear(16, 8, bits=4, group_size=8)
+    with torch.no_grad():
+        expected = layer(torch.ones(2, 16))
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.codes.is_shared() and layer.weight.scales.is_shared()
+    assert isinstance(layer.weight, PackedWeight) and torch.equal(layer(torch.ones(2, 16)), expected)
+
+
+def test_to_empty_makes_packed_storage_to_load_into(device):
+    layer = subbyte.nn.Linear(16, 8, bits=4, group_size=8, device=device)
+    empty = copy.deepcopy(layer).to("meta").to_empty(device=device)
+    assert isinstance(empty.weight, PackedWeight) and empty.weight.requires_grad and empty.weight.device.type == device
+    empty.load_state_dict(layer.state_dict())
+    x = torch.ones(2, 16, device=device)
+    assert torch.equal(empty(x), layer(x))
+    assert type(torch.empty_like(layer.weight)) is torch.Tensor  # an optimizer's state
+
+
+def test_assigning_data_changes_the_packed_values():
+    weight = torch.nn.Parameter(PackedWeight.from_float(torch.randn(8, 16), bits=4, group_size=8))
+    level = float(weight.scales.max())
+    weight.data = torch.full((8, 16), 0.25)
+    assert float((weight.dequantize() - 0.25).abs().max()) <= level
+    torch.nn.utils.vector_to_parameters(torch.full((128,), -0.25), [weight])
+    assert float((weight.dequantize() + 0.25).abs().max()) <= level
+    other = PackedWeight.from_float(torch.randn(8, 16), bits=3, sym=True, dtype=torch.float16)
+    weight.data = other
+    assert weight.format == "uint3" and weight.dtype == torch.float16 and weight.offsets is None and weight.requires_grad
+    assert torch.equal(weight.dequantize(), other.dequantize())
+    with pytest.raises(ValueError, match=r"data of shape \[3\] is assigned to a weight of shape \[8, 16\]"):
+        weight.data = torch.zeros(3)
+
+
+def test_an_exchange_of_memory_that_holds_no_values_is_refused():
+    weight = PackedWeight.from_float(torch.randn(8, 16), bits=4)
+    with pytest.raises(TypeError, match="dequantize"):
+        torch.from_dlpack(weight)
