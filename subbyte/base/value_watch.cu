@@ -1,6 +1,7 @@
 #include "subbyte/base/value_watch.h"
 
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -12,19 +13,22 @@ namespace {
 
 enum class Kind : int { kIndex, kFiniteScale, kPositiveScale, kFiniteValue, kCode };
 
-// In pinned memory that host and devices see. Taken by the first device thread that moves state from kFree; read by the host
-// when it is kReady.
+// In pinned host memory, one a device. The host counts generations; the first device thread of a generation to find a bad value
+// fills the report and publishes it under that number. Claims are made in device memory: atomics on host memory need not work.
 struct Report {
-  enum State : unsigned { kFree, kTaken, kReady };
-  unsigned state;
+  unsigned generation;  // written by the host
+  unsigned published;   // written by the device
   Kind kind;
   const char *op, *name;
   int64_t row, column, integer, limit;
   double number;
 };
 
+__device__ unsigned claimed_generation = 0;
+
 __device__ void fill(Report* to, const Report& found) {
-  if (atomicCAS_system(&to->state, unsigned(Report::kFree), unsigned(Report::kTaken)) != Report::kFree) return;
+  const unsigned generation = *static_cast<volatile unsigned*>(&to->generation);
+  if (atomicMax(&claimed_generation, generation) >= generation) return;
   to->kind = found.kind;
   to->op = found.op;
   to->name = found.name;
@@ -34,7 +38,7 @@ __device__ void fill(Report* to, const Report& found) {
   to->limit = found.limit;
   to->number = found.number;
   __threadfence_system();
-  atomicExch_system(&to->state, unsigned(Report::kReady));
+  *static_cast<volatile unsigned*>(&to->published) = generation;
 }
 
 // Position i of `count`; a row of a matrix where columns > 0.
@@ -91,17 +95,24 @@ struct BadCode {
   }
 };
 
+constexpr int kDevices = 64;
+
+// kDevices reports.
 Report* report_memory() {
   static Report* const memory = [] {
     // The first op of a process may run while a stream is being captured, when allocating is otherwise refused.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "value watch");
     void* p = nullptr;
-    const cudaError_t status = cudaHostAlloc(&p, sizeof(Report), cudaHostAllocPortable | cudaHostAllocMapped);
+    const cudaError_t status = cudaHostAlloc(&p, kDevices * sizeof(Report), cudaHostAllocPortable | cudaHostAllocMapped);
     check(cudaThreadExchangeStreamCaptureMode(&mode), "value watch");
     check(status, "value watch");
-    std::memset(p, 0, sizeof(Report));
-    return static_cast<Report*>(p);
+    Report* const reports = static_cast<Report*>(p);
+    for (int i = 0; i < kDevices; ++i) {
+      reports[i] = Report{};
+      reports[i].generation = 1;
+    }
+    return reports;
   }();
   return memory;
 }
@@ -116,14 +127,17 @@ std::atomic<bool>& waits() {
   return value;
 }
 
-// Set once anything is watched: a process without a GPU never touches CUDA here.
-std::atomic<Report*> watched{nullptr};
+// The devices on which something has been watched, a bit each: a process without a GPU never touches CUDA here.
+std::atomic<uint64_t> watched_devices{0};
 
 template <class Bad>
 void launch(const Bad& bad, int64_t count, Kind kind, int64_t limit, const char* op, const char* name, Stream stream) {
   if (count <= 0) return;
-  Report* const report = report_memory();
-  watched.store(report, std::memory_order_release);
+  int device = 0;
+  check(cudaGetDevice(&device), op);
+  if (device >= kDevices) throw DeviceError("device query: more than 64 devices");
+  Report* const report = report_memory() + device;
+  watched_devices.fetch_or(uint64_t(1) << device, std::memory_order_release);
   Report what{};
   what.kind = kind;
   what.op = op;
@@ -164,16 +178,31 @@ void watch_codes(const uint8_t* codes, int64_t rows, int64_t columns, int64_t ro
   launch(BadCode{codes, max_i64(1, columns), row_stride}, rows * columns, Kind::kCode, levels, op, name, stream);
 }
 
-void throw_watched() {
-  Report* const report = watched.load(std::memory_order_acquire);
-  if (report == nullptr) return;
-  std::atomic_ref<unsigned> state(report->state);
-  if (state.load(std::memory_order_acquire) != Report::kReady) return;
+namespace {
+
+// The report of a device, taken once.
+bool take(Report& report, Report& out) {
+  std::atomic_ref<unsigned> published(report.published);
+  std::atomic_ref<unsigned> generation(report.generation);
+  if (published.load(std::memory_order_acquire) != generation.load(std::memory_order_relaxed)) return false;
   static std::mutex one_reader;
   const std::lock_guard lock(one_reader);
-  if (state.load(std::memory_order_acquire) != Report::kReady) return;
-  const Report r = *report;
-  state.store(Report::kFree, std::memory_order_release);
+  const unsigned now = generation.load(std::memory_order_relaxed);
+  if (published.load(std::memory_order_acquire) != now) return false;
+  out = report;
+  generation.store(now + 1, std::memory_order_release);
+  return true;
+}
+
+}  // namespace
+
+void throw_watched() {
+  uint64_t devices = watched_devices.load(std::memory_order_acquire);
+  Report r{};
+  for (;; devices &= devices - 1) {
+    if (devices == 0) return;
+    if (take(report_memory()[std::countr_zero(devices)], r)) break;
+  }
   const char* const found = " (found on the GPU, which reports when the work is done)";
   switch (r.kind) {
     case Kind::kIndex:
