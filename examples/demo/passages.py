@@ -1,19 +1,15 @@
 """The real texts of the demo: Debian's King James Bible and the `science` fortunes."""
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
+
+from ..texts import verses
 
 FORTUNES = Path("/usr/share/games/fortunes")
 
 
-def _bible(verses):
-    program = shutil.which("bible")
-    if program is None:
-        raise FileNotFoundError("the program `bible` is missing: apt-get install bible-kjv bible-kjv-text")
-    lines = subprocess.run([program, "-f", verses], check=True, capture_output=True, text=True).stdout.splitlines()
-    return " ".join(re.sub(r"^\S+\d+:\d+\s+", "", line).strip() for line in lines)  # drop the 'Mat1:1 ' before each verse
+def _bible(which):
+    return " ".join(verse.text for verse in verses(which))
 
 
 def _fortunes(name):
