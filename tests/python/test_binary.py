@@ -117,6 +117,17 @@ def test_B3_init_weight_divides_by_the_largest_magnitude():
     assert (q == 1).all() and scale == 0.5
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fresh_weights_have_the_scale_that_fits_them(kind, device):
+    layer = BinaryLinear(48, 64, device=device) if kind == "linear" else BinaryConv2d(16, 64, 3, device=device)
+    assert torch.equal(layer.scale_w, layer.weight.detach().abs().mean())
+    # Outputs are about as large as those of the float layer, not sqrt(fan_in) times as large.
+    x = torch.randn((64, 48) if kind == "linear" else (4, 16, 9, 9), device=device)
+    float_layer = torch.nn.functional.linear if kind == "linear" else torch.nn.functional.conv2d
+    assert 0.5 < layer(x).std() / float_layer(x, layer.weight).std() < 2.5
+    assert BinaryLinear(0, 3, device=device).scale_w == 1
+
+
 def test_prepare_params_centres_once_and_keeps_training_weights():
     layer = BinaryLinear(24, 6)
     before = layer.weight.detach().clone()

@@ -61,7 +61,7 @@ class _BinaryWeight(_Flags, torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Fresh weights, kaiming_uniform(a=sqrt(5)); scales and flags as at construction."""
+        """Fresh weights, kaiming_uniform(a=sqrt(5)), scale_w = mean|W|; scale_a and flags as at construction."""
         if self.weight is None:
             raise ValueError(f"{type(self).__name__}: there is no float weight to reset, only its packed signs are kept")
         with torch.no_grad():
@@ -69,21 +69,25 @@ class _BinaryWeight(_Flags, torch.nn.Module):
                 torch.nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
             self.bias_a.zero_()
             self.scale_a.fill_(1.0)
-            self.scale_w.fill_(1.0)
+            self._set_weight_scale()
             if self.bias is not None:
                 self.bias.zero_()
         self._set_flag("prepared", False)
         self._set_flag("scale_initialized", False)
 
     def prepare_params(self):
-        """Once, before training: scale_w = mean|W|, then W - mean(W). Later calls, and calls without a float weight, do nothing."""
+        """Once, before training, after the weight has been written to: scale_w = mean|W|, then W - mean(W). Fresh weights have
+        their scale_w from the start. Later calls, and calls without a float weight, do nothing."""
         if self.weight is None or self._flags["prepared"]:
             return
         with torch.no_grad():
+            self._set_weight_scale()
             if self.weight.numel() > 0:
-                self.scale_w.copy_(self.weight.float().abs().mean().clamp_min(1e-12))
                 self.weight.sub_(self.weight.mean())
         self._set_flag("prepared")
+
+    def _set_weight_scale(self):
+        self.scale_w.copy_(self.weight.float().abs().mean().clamp_min(1e-12) if self.weight.numel() > 0 else torch.ones(()))
 
     def initialize_scale(self, x):
         """scale_a = 2 mean|x| (4 mean|x| when not symmetric). forward does it with the first batch in training; call it
