@@ -524,3 +524,23 @@ def test_wrong_shapes_are_refused():
         linear().cpp.BinaryLinearCPP(16, 4).set_weight_data(torch.randn(16, 4))
     with pytest.raises(ValueError, match="bmm_type"):
         linear().cuda.BinaryLinearCuda(64, 4, bmm_type=linear().cuda.BMM.BTC32)
+
+
+def test_X8_a_weight_of_zero_is_plus_one_in_training_and_packed(device):
+    for make in (
+        lambda: linear().cpp.BinaryLinearCPP(16, 3, device=device),
+        *(lambda cls=cls: cls(16, 3, device=device) for cls in scaled_layers()),
+        lambda: conv("cpp", 8, 3, 2, device=device),
+        lambda: conv("cutlass", 8, 3, 2, device=device),
+    ):
+        layer = make()
+        layer.prepare_params()
+        with torch.no_grad():
+            layer.weight.data = torch.zeros_like(layer.weight.data)
+        x = torch.randn((5, 16) if layer.weight.dim() == 2 else (2, 8, 3, 3), device=device)
+        y = layer(x)
+        ones = torch.ones(layer.weight.shape, dtype=torch.float64, device=device)
+        sums = sign(x) @ ones.t() if ones.dim() == 2 else F.conv2d(sign(x), ones)
+        scale = layer.scale_a.double() * layer.scale_w.double() if hasattr(layer, "scale_a") else 1.0
+        torch.testing.assert_close(y.double(), sums * scale, rtol=1e-6, atol=0)
+        assert torch.equal(layer.eval()(x), y)

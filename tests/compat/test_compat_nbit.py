@@ -379,3 +379,33 @@ def test_conv_gradients_are_the_written_ones(device):
     F.conv2d(quantized, Lsq.apply(weight, layer.scale_w.double(), 4), padding=1).backward(g.double())
     for ours, theirs in ((x, xd), (layer.bias_a, bias), (layer.weight, weight), (layer.scale_a, step)):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_X10_every_class_allocates_on_the_device_and_in_the_type_it_is_given():
+    import subbyte.compat.binary as binary
+    import subbyte.compat.embedding as embedding
+    import subbyte.compat.mpq as mpq
+    import subbyte.compat.nbit as nbit
+
+    options = {"device": "meta", "dtype": torch.bfloat16}
+    of_float32 = {"scale_w", "eps"}  # of Q4 and Q8 layers, as scale_a of the linear ones; and a table before prepare_params
+    layers = [
+        *(cls(64, 32, **options) for cls in (nbit.Q4LinearCutlass, nbit.Q8LinearCutlass)),
+        *(cls(64, 32, **options) for cls in (binary.BinaryLinearCPP, binary.BinaryLinearCuda, binary.BinaryLinearCutlass)),
+        *(cls(64, 32, 3, **options) for cls in (nbit.Q4Conv2dCutlass, binary.BinaryConv2dCPP, binary.BinaryConv2dCutlass)),
+        nbit.Q4MatMul(**options),
+        binary.BinaryMatMul(**options),
+        binary.BMHA(64, 32, 4, **options),
+        mpq.MPQLinearCuda(64, 32, **options),
+        mpq.MBWQLinearCuda(64, 32, **options),
+        embedding.BinaryEmbeddingCuda(num_embeddings=5, embedding_dim=6, **options),
+    ]
+    for layer in layers:
+        tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+        assert tensors and all(t.device.type == "meta" for t in tensors.values()), type(layer).__name__
+        quantized = isinstance(layer, nbit._QuantizedLayer)
+        allowed = of_float32 | ({"scale_a"} if quantized else set())
+        allowed |= {"weight"} if isinstance(layer, embedding.BinaryEmbeddingCuda) else set()
+        for name, t in tensors.items():
+            if t.is_floating_point() and not (name in allowed and (quantized or name == "weight")):
+                assert t.dtype == torch.bfloat16, (type(layer).__name__, name)
