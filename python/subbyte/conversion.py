@@ -91,28 +91,29 @@ class QuantizeReport:
 
 
 def _kind(module):
-    """How a module can be packed: "linear", "embedding", "conv1d" (transformers' transposed linear), None, or why not."""
+    """How a module can be packed: "linear", "embedding", "bag", "conv1d" (transformers' transposed linear), None; or why not."""
     kind = type(module)
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
         return "already packed"
     if isinstance(module._parameters.get("weight"), torch.nn.parameter.UninitializedTensorMixin):
         return "its weight is not initialized yet"
     if isinstance(module, torch.nn.Linear):
         return "linear" if kind.forward is torch.nn.Linear.forward else f"{kind.__name__} has a forward of its own"
-    if isinstance(module, torch.nn.Embedding):
-        if kind.forward is not torch.nn.Embedding.forward:
-            return f"{kind.__name__} has a forward of its own"
-        try:
-            refuse_embedding_options(module)
-        except ValueError as error:
-            return str(error)
-        return "embedding"
+    for table, name in ((torch.nn.Embedding, "embedding"), (torch.nn.EmbeddingBag, "bag")):
+        if isinstance(module, table):
+            if kind.forward is not table.forward:
+                return f"{kind.__name__} has a forward of its own"
+            try:
+                refuse_embedding_options(module)
+            except ValueError as error:
+                return str(error)
+            return name
     if kind.__name__ == "Conv1D" and hasattr(module, "nf") and kind.__module__.startswith("transformers."):
         return "conv1d"
     return None
 
 
-_KINDS = ("linear", "embedding", "conv1d")
+_KINDS = ("linear", "embedding", "bag", "conv1d")
 
 
 def _matching(pattern, names):
@@ -129,8 +130,8 @@ def _check_options(where, options):
 
 def _pack_module(module, kind, weight, activation_bits):
     """Turns the module into its packed class where it stands, so that hooks and other references to it stay good."""
-    if kind == "embedding":
-        module.__class__ = nn.Embedding
+    if kind in ("embedding", "bag"):
+        module.__class__ = nn.Embedding if kind == "embedding" else nn.EmbeddingBag
     else:
         module.__class__ = nn.Linear
         module.activation_bits = activation_bits
@@ -159,7 +160,7 @@ def quantize_(
     overrides=None,
     progress=True,
 ):
-    """Packs the weight of every Linear, Embedding and transformers Conv1D of a model, in place, one layer at a time.
+    """Packs the weight of every Linear, Embedding, EmbeddingBag and transformers Conv1D of a model, in place, one at a time.
 
     Args:
         model: any torch.nn.Module.

@@ -3,7 +3,8 @@
 `PackedWeight` says float32 [N, K] to PyTorch, so that it may require a gradient, be a parameter and sit in an optimizer, and
 holds the parts of a packed matrix instead of values. Three levels of operations, tried in this order:
 
-  __torch_function__  F.linear, F.embedding and products with the transposed weight become one packed op with its own gradient.
+  __torch_function__  F.linear, F.embedding, F.embedding_bag and products with the transposed weight become one packed op with
+                      its own gradient.
   __torch_dispatch__  _HANDLERS: what works on the parts alone (t, detach, clone, to, mm, copy_, mul_ by a number, ...).
   anything else       runs on the dequantized values. Where it writes to the weight, the result is encoded back onto the
                       weight's own grid by stochastic rounding, which lets any optimizer of torch.optim take steps.
@@ -360,6 +361,34 @@ def _function_embedding(input, weight, padding_idx=None, max_norm=None, norm_typ
         padding_idx += weight.shape[0]
     padding_idx = -1 if padding_idx is None else padding_idx
     return _ops.embedding(input, _handle(weight), *weight.packed_args, padding_idx, sparse, weight.dtype)
+
+
+@_overrides(F.embedding_bag)
+def _function_embedding_bag(
+    input,
+    weight,
+    offsets=None,
+    max_norm=None,
+    norm_type=2,
+    scale_grad_by_freq=False,
+    mode="mean",
+    sparse=False,
+    per_sample_weights=None,
+    include_last_offset=False,
+    padding_idx=None,
+):
+    if not isinstance(weight, PackedWeight) or weight.transposed or isinstance(per_sample_weights, PackedWeight):
+        return NotImplemented
+    if max_norm is not None:
+        raise ValueError("embedding_bag: max_norm rewrites rows of the table, which a packed table does not support")
+    if mode not in ("sum", "mean") or scale_grad_by_freq or include_last_offset:
+        return NotImplemented
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    padding_idx = -1 if padding_idx is None else padding_idx
+    return _ops.embedding_bag(
+        input, offsets, _handle(weight), *weight.packed_args, mode, per_sample_weights, padding_idx, sparse, weight.dtype
+    )
 
 
 @_overrides(torch.Tensor.__setitem__)

@@ -1,7 +1,9 @@
 """Packed modules: constructors, state, and quantize_ over models."""
 
+import contextlib
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -86,6 +88,74 @@ def test_embedding_rows_are_exact_and_the_padding_row_gets_no_gradient(device):
 
 
 # ---- state_dict
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("bits", [1, 3, 4, 8])
+def test_bags_of_any_width_equal_torchs_on_the_dequantized_table(bits, sparse, device):
+    source = torch.nn.EmbeddingBag(30, 20, mode="mean", sparse=sparse, padding_idx=4).to(device)
+    for mode in ("sum", "mean"):
+        source.mode = mode
+        bag = subbyte.nn.EmbeddingBag.from_float(source, bits=bits, group_size=10)
+        options = dict(freeze=False, mode=mode, padding_idx=4, sparse=sparse)
+        dense = torch.nn.EmbeddingBag.from_pretrained(bag.weight.dequantize(), **options)
+        indices = torch.tensor([3, 4, 29, 3, 0, 4, 4], device=device)
+        calls = [((indices, torch.tensor([0, 3, 3, 5], device=device)), None), ((indices[:6].view(2, 3),), None)]
+        if mode == "sum":
+            calls.append(((indices[:6].view(2, 3),), torch.rand(2, 3, device=device)))
+        for arguments, weights in calls:
+            y, z = bag(*arguments, per_sample_weights=weights), dense(*arguments, per_sample_weights=weights)
+            torch.testing.assert_close(y, z, rtol=1e-5, atol=1e-6)
+            g = torch.randn_like(y)
+            bag.weight.grad = dense.weight.grad = None
+            y.backward(g)
+            z.backward(g)
+            assert bag.weight.grad.is_sparse == sparse
+            ours, theirs = (w.grad.to_dense() if sparse else w.grad for w in (bag.weight, dense.weight))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        # The function of torch too, whose other modes run on the dequantized table.
+        f = torch.nn.functional.embedding_bag
+        for options in (dict(mode=mode), dict(mode="max"), dict(mode=mode, padding_idx=-1)):
+            torch.testing.assert_close(
+                f(indices[:6].view(2, 3), bag.weight, **options), f(indices[:6].view(2, 3), dense.weight, **options),
+                rtol=1e-5, atol=1e-6,
+            )  # fmt: skip
+        with pytest.raises(IndexError, match="30") if device == "cpu" else contextlib.nullcontext():
+            bag(torch.tensor([[30]], device=device))
+
+
+def test_sparse_tables_of_any_width_step_the_rows_that_were_looked_up(device):
+    for module in (
+        subbyte.nn.Embedding(40, 16, bits=4, sparse=True, device=device),
+        subbyte.nn.EmbeddingBag(40, 16, bits=4, sparse=True, mode="sum", device=device),
+    ):
+        before = module.weight.codes.clone()
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        module(torch.tensor([[3, 7]], device=device)).sum().backward()
+        assert module.weight.grad.is_sparse and module.weight.grad.coalesce().indices()[0].tolist() == [3, 7]
+        optimizer.step()
+        moved = (module.weight.codes != before).any(1).nonzero()[:, 0]
+        assert moved.tolist() == [3, 7]
+        assert copy.deepcopy(module).sparse
+    assert subbyte.nn.Embedding.from_float(torch.nn.Embedding(3, 4, sparse=True), bits=4).sparse
+
+
+def test_bags_are_quantized_in_place_copied_and_loaded():
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(50, 16, mode="sum"), torch.nn.EmbeddingBag(50, 16, mode="max"))
+    report = subbyte.quantize_(model, bits=4, group_size=16)
+    assert type(model[0]) is subbyte.nn.EmbeddingBag and len(report) == 1 and "mode is 'max'" in report.left["1"]
+    assert "mode='sum'" in repr(model[0]) and "format=uint4" in repr(model[0])
+    indices = torch.tensor([[1, 49], [7, 7]])
+    y = model[0](indices)
+    for other in (copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        assert torch.equal(other(indices), y)
+    fresh = subbyte.nn.EmbeddingBag(50, 16, mode="sum", bits=4, group_size=16)
+    fresh.load_state_dict(model[0].state_dict())
+    assert torch.equal(fresh(indices), y) and list(fresh.state_dict()) == ["weight.codes", "weight.scales", "weight.offsets"]
+    with pytest.raises(ValueError, match="mode is 'majority', expected 'sum' or 'mean'"):
+        subbyte.nn.EmbeddingBag(5, 4, bits=4, mode="majority")
+    with pytest.raises(ValueError, match="EmbeddingBag: include_last_offset=True is not supported"):
+        subbyte.nn.EmbeddingBag.from_float(torch.nn.EmbeddingBag(5, 4, include_last_offset=True), bits=4)
 
 
 def test_state_dict_holds_plain_tensors_and_loads_back_exactly():

@@ -3,7 +3,7 @@
 from .binary import BinaryAttention, BinaryConv2d, BinaryLinear, BinaryMatmul
 from .binary_embedding import BinaryEmbedding, BinaryEmbeddingBag
 from .mpq import MPQLinear
-from .packed import Embedding, Linear
+from .packed import Embedding, EmbeddingBag, Linear
 from .quantized import QuantizedAttention, QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from .ternary import BitLinear, MultiTernaryLinear, convert_linear_to_bitlinear
 
@@ -16,6 +16,7 @@ __all__ = [
     "BinaryMatmul",
     "BitLinear",
     "Embedding",
+    "EmbeddingBag",
     "Linear",
     "MPQLinear",
     "MultiTernaryLinear",

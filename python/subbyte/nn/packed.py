@@ -1,4 +1,4 @@
-"""torch.nn.Linear and torch.nn.Embedding with a packed weight: subclasses, so code that looks for the originals finds them."""
+"""torch.nn.Linear, Embedding and EmbeddingBag with a packed weight: subclasses, so that code finds what it looks for."""
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +184,8 @@ class Embedding(_PackedState, torch.nn.Embedding):
 
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: as in torch.nn.Embedding.
+        sparse: the gradient is a sparse COO tensor of the rows that the batch named, so that a step costs what was looked up:
+            torch.optim.SGD reads and writes these rows alone. Otherwise it is dense.
         bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
     """
 
@@ -195,6 +197,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
         device=None,
         dtype=None,
         *,
+        sparse=False,
         bits=None,
         format=None,
         group_size=64,
@@ -203,7 +206,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
         zero_kind=None,
         scale_dtype=None,
     ):
-        super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, sparse=sparse, device=device, dtype=dtype)
         self._pack(
             bits=bits,
             format=format,
@@ -221,21 +224,21 @@ class Embedding(_PackedState, torch.nn.Embedding):
 
     @classmethod
     def from_float(cls, embedding, **packing):
-        """A packed copy of a torch.nn.Embedding without max_norm, scale_grad_by_freq and sparse."""
+        """A packed copy of a torch.nn.Embedding without max_norm and scale_grad_by_freq."""
         refuse_embedding_options(embedding)
         weight = torch.nn.Parameter(
             PackedWeight.from_float(embedding.weight, **packing), requires_grad=embedding.weight.requires_grad
         )
-        return cls.from_packed(weight, embedding.padding_idx).train(embedding.training)
+        return cls.from_packed(weight, embedding.padding_idx, sparse=embedding.sparse).train(embedding.training)
 
     @classmethod
-    def from_packed(cls, weight, padding_idx=None):
+    def from_packed(cls, weight, padding_idx=None, *, sparse=False):
         """A module around an existing PackedWeight [V, D]."""
         module = cls.__new__(cls)
         torch.nn.Module.__init__(module)
         module.num_embeddings, module.embedding_dim = weight.shape
         module.padding_idx, module.max_norm, module.norm_type = padding_idx, None, 2.0
-        module.scale_grad_by_freq = module.sparse = False
+        module.scale_grad_by_freq, module.sparse = False, sparse
         module.weight = (
             weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
         )
@@ -245,8 +248,79 @@ class Embedding(_PackedState, torch.nn.Embedding):
         return super().extra_repr() + _packing_repr(self.weight)
 
 
+class EmbeddingBag(_PackedState, torch.nn.EmbeddingBag):
+    """torch.nn.EmbeddingBag whose table [num_embeddings, embedding_dim] is packed. A bag costs what it looks up.
+
+    Args:
+        num_embeddings, embedding_dim, mode, sparse, padding_idx, device, dtype: as in torch.nn.EmbeddingBag; mode is "mean" or
+            "sum". With sparse the gradient is a sparse COO tensor of the rows that the batch named.
+        bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
+
+    forward(indices, offsets=None, per_sample_weights=None), as torch's; formula: functional.embedding_bag. BinaryEmbeddingBag
+    takes majorities of bits.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        *,
+        mode="mean",
+        sparse=False,
+        padding_idx=None,
+        device=None,
+        dtype=None,
+        bits=None,
+        format=None,
+        group_size=64,
+        sym=None,
+        scheme=None,
+        zero_kind=None,
+        scale_dtype=None,
+    ):
+        _check_bag_mode(mode)
+        super().__init__(
+            num_embeddings, embedding_dim, mode=mode, sparse=sparse, padding_idx=padding_idx, device=device, dtype=dtype
+        )
+        packing = dict(bits=bits, format=format, group_size=group_size, sym=sym, scheme=scheme, zero_kind=zero_kind)
+        self.weight = torch.nn.Parameter(PackedWeight.from_float(self.weight, **packing, scale_dtype=scale_dtype))
+
+    @classmethod
+    def from_float(cls, bag, **packing):
+        """A packed copy of a torch.nn.EmbeddingBag (sum, mean) without max_norm, scale_grad_by_freq and include_last_offset."""
+        refuse_embedding_options(bag)
+        weight = torch.nn.Parameter(PackedWeight.from_float(bag.weight, **packing), requires_grad=bag.weight.requires_grad)
+        return cls.from_packed(weight, mode=bag.mode, sparse=bag.sparse, padding_idx=bag.padding_idx).train(bag.training)
+
+    @classmethod
+    def from_packed(cls, weight, *, mode="mean", sparse=False, padding_idx=None):
+        """A module around an existing PackedWeight [V, D]."""
+        _check_bag_mode(mode)
+        module = cls.__new__(cls)
+        torch.nn.Module.__init__(module)
+        module.num_embeddings, module.embedding_dim = weight.shape
+        module.max_norm, module.norm_type, module.scale_grad_by_freq = None, 2.0, False
+        module.mode, module.sparse, module.padding_idx, module.include_last_offset = mode, sparse, padding_idx, False
+        module.weight = (
+            weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=weight.requires_grad)
+        )
+        return module
+
+    def extra_repr(self):
+        return super().extra_repr() + _packing_repr(self.weight)
+
+
+def _check_bag_mode(mode):
+    if mode not in ("sum", "mean"):
+        raise ValueError(f"EmbeddingBag: mode is {mode!r}, expected 'sum' or 'mean'")
+
+
 def refuse_embedding_options(embedding):
-    """ValueError for options of torch.nn.Embedding that a packed table does not have."""
-    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-        if getattr(embedding, option):
-            raise ValueError(f"Embedding: {option}={getattr(embedding, option)} is not supported by a packed table")
+    """ValueError for options of torch.nn.Embedding and EmbeddingBag that a packed table does not have."""
+    for option in ("max_norm", "scale_grad_by_freq", "include_last_offset"):
+        if getattr(embedding, option, None):
+            raise ValueError(
+                f"{type(embedding).__name__}: {option}={getattr(embedding, option)} is not supported by a packed table"
+            )
+    if isinstance(embedding, torch.nn.EmbeddingBag):
+        _check_bag_mode(embedding.mode)
