@@ -367,6 +367,17 @@ def test_gptq_checkpoint_reads_the_highest_field_as_two_to_the_bits():
 # ---- MBWQ
 
 
+def test_M8_the_rank_of_the_input_is_kept(device):
+    layer = cuda().MBWQLinearCuda(64, 8, w_bit=4, dtype=torch.half, group_size=32, use_mbw=False, device=device)
+    layer.prepare_params()
+    layer.channel_scale.uniform_(0.5, 2)  # [1, 1, k]
+    x = torch.randn(2, 3, 64, device=device, dtype=torch.half)
+    y = layer(x)
+    for shape in ((6,), (2, 1, 3), (1, 1, 2, 3)):
+        assert torch.equal(layer(x.reshape(*shape, 64)), y.reshape(*shape, 8))
+    assert layer(x[0, 0]).shape == (8,) and layer(x[:0]).shape == (0, 3, 8)
+
+
 @pytest.mark.parametrize("bits, gs", [(2, 32), (4, 32), (4, 64), (4, 256)])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_mbwq_of_one_width(bits, gs, permuted, device):
