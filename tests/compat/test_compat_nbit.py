@@ -409,3 +409,18 @@ def test_X10_every_class_allocates_on_the_device_and_in_the_type_it_is_given():
         for name, t in tensors.items():
             if t.is_floating_point() and not (name in allowed and (quantized or name == "weight")):
                 assert t.dtype == torch.bfloat16, (type(layer).__name__, name)
+
+
+@pytest.mark.parametrize("kind", ["Q4LinearCutlass", "Q8LinearCutlass"])
+def test_Q5_Q6_a_layer_without_its_float_weight_runs_on_inputs_of_any_leading_shape(kind, device):
+    layer = layer_of(kind, 6, 33, device)
+    x = torch.randn(2, 5, 33, device=device)
+    layer(x)
+    y = layer.eval()(x)
+    layer.generate_quantized_weight(qweight_only=True)
+    assert layer.weight is None and torch.equal(layer(x), y)
+    for shape in ((10,), (1, 10), (5, 2, 1)):
+        assert torch.equal(layer(x.reshape(*shape, 33)), y.reshape(*shape, 6))
+    assert torch.equal(layer(x[0, 0]), y[0, 0]) and layer(x[:0]).shape == (0, 5, 6)
+    with pytest.raises(ValueError, match=f"{kind}: x has 32 features, expected 33"):
+        layer(x[..., :32])
