@@ -544,3 +544,20 @@ def test_X8_a_weight_of_zero_is_plus_one_in_training_and_packed(device):
         scale = layer.scale_a.double() * layer.scale_w.double() if hasattr(layer, "scale_a") else 1.0
         torch.testing.assert_close(y.double(), sums * scale, rtol=1e-6, atol=0)
         assert torch.equal(layer.eval()(x), y)
+
+
+def test_B2_qweight_has_the_layout_of_the_constructor_whatever_forward_is_given(device):
+    BMM = linear().cuda.BMM
+    packed = {}
+    for bmm_type in (BMM.BSTC32, BMM.BTC32, BMM.ADAPTIVE):
+        torch.manual_seed(5)
+        layer = linear().cuda.BinaryLinearCuda(256, 16, bmm_type=bmm_type, device=device)
+        layer.prepare_params()
+        x = torch.randn(3, 256, device=device)
+        y = layer(x)
+        for given in (BMM.BSTC32, BMM.BTC32, BMM.ADAPTIVE):
+            assert torch.equal(layer.eval()(x, given), y)
+        assert layer.bmm_type is bmm_type
+        assert torch.equal(layer.qweight, layer.w_pack(layer.weight.float(), bmm_type))
+        packed[bmm_type] = layer.qweight
+    assert torch.equal(packed[BMM.BTC32], packed[BMM.ADAPTIVE]) and not torch.equal(packed[BMM.BTC32], packed[BMM.BSTC32])

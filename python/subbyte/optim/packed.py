@@ -93,6 +93,11 @@ class _PackedOptimizer(torch.optim.Optimizer):
         for index, p in ready:
             if not isinstance(p, PackedWeight):
                 continue
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the gradient of a packed table is sparse, which this optimizer does not take. "
+                    "torch.optim.SGD, SparseAdam and Adagrad do, and DiodeMix for 1-bit tables; or make the table with sparse=False"
+                )
             state = self.state[p]
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
