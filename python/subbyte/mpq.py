@@ -12,6 +12,7 @@ A PackedWeight has one group_size along its stored columns. Groups of different 
 pieces of their largest common divisor; `parent` [G'] then names the group of the file that each piece belongs to.
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -355,8 +356,11 @@ def mpq_update_(
     step = int(step)
     if step < 1:
         raise ValueError(f"mpq_update_: step is {step}, expected at least 1")
-    if lr < 0:
-        raise ValueError(f"mpq_update_: lr is {lr}, expected at least 0")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"mpq_update_: {name} is {value}, expected a number of at least 0")
+    if zeros_every < 0:
+        raise ValueError(f"mpq_update_: zeros_every is {zeros_every}, expected at least 0")
     beta1, beta2 = betas
     with torch.no_grad():
         r = _ops.mpq_moments_(exp_avg, exp_avg_sq, grad, beta1, beta2, eps)

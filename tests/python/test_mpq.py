@@ -260,6 +260,25 @@ def test_statistic_bytes_hold_the_scale_code_above():
 # ---- errors and edges
 
 
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(lr=-1.0), "lr is -1.0"),
+        (dict(lr=float("nan")), "lr is nan, expected a number of at least 0"),
+        (dict(lr=float("inf")), "lr is inf"),
+        (dict(weight_decay=-0.1), "weight_decay is -0.1"),
+        (dict(zeros_every=-1), "zeros_every is -1"),
+        (dict(step=0), "step is 0"),
+    ],
+)
+def test_numbers_that_mean_no_step_are_refused_before_the_moments_move(options, message):
+    weight = subbyte.PackedWeight.from_float(torch.randn(4, 8), bits=4, group_size=8)
+    m, v, before = torch.zeros(4, 8), torch.zeros(4, 8), weight.codes.clone()
+    with pytest.raises(ValueError, match=f"mpq_update_: {message}"):
+        M.mpq_update_(weight, torch.ones(4, 8), m, v, **{"step": 1, **options})
+    assert torch.equal(weight.codes, before) and not m.any() and not v.any()
+
+
 def test_bad_input_is_refused_by_name():
     words, scales = torch.zeros(8, 4, dtype=torch.int32), torch.ones(2, 4)
     good = dict(bits=4, in_features=64)
