@@ -15,7 +15,6 @@ import safetensors
 import safetensors.torch
 import torch
 
-from . import nn
 from .packed_weight import PART_NAMES, PackedWeight
 
 VERSION = 1
@@ -184,12 +183,12 @@ def _unpack_described(file, text, tensors):
 def load_weights_(model, tensors, strict=True):
     """Puts tensors and PackedWeights (a TensorFile, or any mapping by name) into a model, in place and without a float detour.
 
-    A PackedWeight replaces the weight of a Linear, Embedding or transformers Conv1D, which becomes its packed class; dtype of
-    the weight it replaces, and sharing between modules, are kept. Other tensors are copied into the parameter or buffer of
-    their name.
+    A PackedWeight replaces the weight of a Linear, Embedding, EmbeddingBag or transformers Conv1D, which becomes its packed
+    class; dtype of the weight it replaces, and sharing between modules, are kept. Other tensors are copied into the parameter
+    or buffer of their name.
     strict: ValueError unless the names are exactly the model's; before anything is changed.
     """
-    from .conversion import _KINDS, _kind, _pack_module
+    from .conversion import _KINDS, _kind, _pack_module, packed_kind
 
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = dict(_tensors_of(model))
@@ -213,9 +212,7 @@ def load_weights_(model, tensors, strict=True):
             continue
         target, owner = targets[name], modules[name.rpartition(".")[0]]
         if isinstance(tensor, PackedWeight):
-            kind = (
-                "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
-            )
+            kind = packed_kind(owner) or _kind(owner)
             if name.rpartition(".")[2] != "weight" or kind not in _KINDS:
                 raise ValueError(f"load_weights_: '{name}' is packed, but {type(owner).__name__} cannot hold a packed weight")
             shape = target.shape[::-1] if kind == "conv1d" else target.shape
@@ -236,9 +233,7 @@ def load_weights_(model, tensors, strict=True):
         parameter = torch.nn.Parameter(tensor.to(device=target.device, dtype=target.dtype), requires_grad=target.requires_grad)
         for other in names_of[id(target)]:
             owner = modules[other.rpartition(".")[0]]
-            kind = (
-                "linear" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else _kind(owner)
-            )
+            kind = packed_kind(owner) or _kind(owner)
             if kind not in _KINDS:
                 raise ValueError(
                     f"load_weights_: '{name}' is packed and shared with '{other}', which cannot hold a packed weight"

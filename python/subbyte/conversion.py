@@ -90,10 +90,16 @@ class QuantizeReport:
         return "\n".join(lines + [f"left: {name or '(the model itself)'}: {reason}" for name, reason in self.left.items()])
 
 
+def packed_kind(module):
+    """The kind of a module that is of a packed class; None of others."""
+    classes = {nn.Linear: "linear", nn.Embedding: "embedding", nn.EmbeddingBag: "bag"}
+    return next((kind for packed, kind in classes.items() if isinstance(module, packed)), None)
+
+
 def _kind(module):
     """How a module can be packed: "linear", "embedding", "bag", "conv1d" (transformers' transposed linear), None; or why not."""
     kind = type(module)
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.EmbeddingBag)):
+    if packed_kind(module) is not None:
         return "already packed"
     if isinstance(module._parameters.get("weight"), torch.nn.parameter.UninitializedTensorMixin):
         return "its weight is not initialized yet"

@@ -140,6 +140,18 @@ def test_sparse_tables_of_any_width_step_the_rows_that_were_looked_up(device):
     assert subbyte.nn.Embedding.from_float(torch.nn.Embedding(3, 4, sparse=True), bits=4).sparse
 
 
+def test_bags_go_through_checkpoints(tmp_path):
+    model = torch.nn.Sequential(torch.nn.EmbeddingBag(50, 16, mode="sum"), torch.nn.Linear(16, 3))
+    subbyte.quantize_(model, bits=4, group_size=16)
+    indices = torch.tensor([[1, 49], [7, 7]])
+    subbyte.save(model, tmp_path / "model.safetensors")
+    dense = torch.nn.Sequential(torch.nn.EmbeddingBag(50, 16, mode="sum"), torch.nn.Linear(16, 3))
+    packed = subbyte.load_weights_(dense, subbyte.load(tmp_path / "model.safetensors"))
+    assert packed is dense and type(packed[0]) is subbyte.nn.EmbeddingBag and torch.equal(packed(indices), model(indices))
+    again = subbyte.load_weights_(packed, subbyte.load(tmp_path / "model.safetensors"))  # into packed modules
+    assert torch.equal(again(indices), model(indices))
+
+
 def test_bags_are_quantized_in_place_copied_and_loaded():
     model = torch.nn.Sequential(torch.nn.EmbeddingBag(50, 16, mode="sum"), torch.nn.EmbeddingBag(50, 16, mode="max"))
     report = subbyte.quantize_(model, bits=4, group_size=16)
