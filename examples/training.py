@@ -76,9 +76,8 @@ def device_of(args):
 
 
 def save_atomically(state, path):
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with subbyte.replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def tensor_bytes(tree):

@@ -13,7 +13,7 @@ _library.load()
 __version__ = info()["version"]
 
 from . import distributed, functional, mpq, nn, optim  # noqa: E402
-from .checkpoint import FormatError, TensorFile, load, load_weights_, save  # noqa: E402
+from .checkpoint import FormatError, TensorFile, load, load_weights_, replacing, save  # noqa: E402
 from .conversion import LayerReport, QuantizeReport, quantize_  # noqa: E402
 from .device_checks import raise_device_errors, set_device_checks  # noqa: E402
 from .doctor import doctor  # noqa: E402
@@ -41,6 +41,7 @@ __all__ = [
     "optim",
     "quantize_",
     "raise_device_errors",
+    "replacing",
     "save",
     "set_device_checks",
     "set_rounding_generator",

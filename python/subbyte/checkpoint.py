@@ -6,6 +6,7 @@ tensors NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, and desc
 "tied" lists names that are the same tensor as another one, which is stored once.
 """
 
+import contextlib
 import json
 import os
 import tempfile
@@ -43,6 +44,40 @@ def _tensors_of(model_or_tensors):
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found.append((f"{prefix}.{name}".strip("."), tensor))
     return found
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file that appears under its name when it is complete, also for what other writers make of it:
+
+        with subbyte.replacing("run.pt") as temporary:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+
+    Yields the name of an empty file in the same folder. When the block ends it is synced to the disk and takes the name `path`,
+    in one step; a process that is killed before, or an exception, leaves the old file as it was. Only a kill leaves the
+    temporary one, `.NAME.` and eight letters, behind.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    # The new name itself reaches the disk with the folder; a system that cannot sync a folder loses nothing by it.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def save(model_or_tensors, path, metadata=None):
@@ -85,19 +120,8 @@ def save(model_or_tensors, path, metadata=None):
         seen.add(tensor.untyped_storage().data_ptr())
     description = {"version": VERSION, "weights": weights, **({"tied": tied} if tied else {})}
     metadata.update({"format": "pt", _KEY: json.dumps(description, sort_keys=True)})
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         safetensors.torch.save_file(flat, temporary, metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load(path, device="cpu"):

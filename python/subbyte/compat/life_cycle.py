@@ -1,12 +1,12 @@
 """bitorch_engine.utils.model_helper: prepare, pack, save and load models; shapes; the initial form of binary weights."""
 
 import copy
-import os
 import warnings
 
 import torch
 import torch.nn.functional as F
 
+from ..checkpoint import replacing
 from .integer_parameter import IntegerParameter
 from .quant_operators import nv_tensor_quant
 
@@ -91,18 +91,13 @@ def save_checkpoint(model, name, qweight_only=True):
     packed = copy.deepcopy(model)
     pack_bie_layers(packed, qweight_only)
     state = {key: value.detach().cpu().contiguous() for key, value in packed.state_dict().items()}
-    unfinished = f"{name}.unfinished"
-    try:
+    with replacing(name) as unfinished:
         if _is_safetensors(name):
             from safetensors.torch import save_file
 
             save_file({key: value.clone() for key, value in state.items()}, unfinished)
         else:
             torch.save({"state_dict": state}, unfinished)
-        os.replace(unfinished, name)
-    finally:
-        if os.path.exists(unfinished):
-            os.remove(unfinished)
 
 
 def load_checkpoint(model, checkpoint_path, qweight_only=True, strict=True, map_location="cpu"):
