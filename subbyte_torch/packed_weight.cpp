@@ -117,9 +117,10 @@ torch::Tensor linear_a8(const torch::Tensor& x, const PackedWeight& w, const Opt
                         optional(w.perm), w.format, w.in_features, w.group_size, bias, x_scale);
 }
 
-torch::Tensor embedding(const torch::Tensor& indices, const PackedWeight& w, int64_t padding_idx, bool with_gradient) {
+torch::Tensor embedding(const torch::Tensor& indices, const PackedWeight& w, int64_t padding_idx, bool with_gradient,
+                        bool sparse) {
   return ops::embedding(indices, handle_for(w, with_gradient), w.codes, w.scales, optional(w.zeros), optional(w.offsets),
-                        optional(w.perm), w.format, w.in_features, w.group_size, padding_idx);
+                        optional(w.perm), w.format, w.in_features, w.group_size, padding_idx, sparse);
 }
 
 }  // namespace subbyte

@@ -68,7 +68,8 @@ torch::Tensor linear(const torch::Tensor& x, const PackedWeight& w, const Option
                      bool with_gradient = true);
 torch::Tensor linear_a8(const torch::Tensor& x, const PackedWeight& w, const OptionalTensor& bias = std::nullopt,
                         const std::string& x_scale = "row", bool with_gradient = true);
+// sparse: the gradient is a sparse tensor of the looked-up rows.
 torch::Tensor embedding(const torch::Tensor& indices, const PackedWeight& w, int64_t padding_idx = -1,
-                        bool with_gradient = true);
+                        bool with_gradient = true, bool sparse = false);
 
 }  // namespace subbyte

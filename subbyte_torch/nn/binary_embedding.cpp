@@ -108,7 +108,7 @@ void BinaryTable<Derived>::update_(const BinaryUpdate& update) {
     values = gradient.index_select(0, rows);
   }
   const torch::Tensor signs = ops::pack(values.ge(0).to(torch::kByte), "sign");
-  const torch::Tensor mask = ops::pack(values.ne(0).to(torch::kByte), "sign");
+  const torch::Tensor mask = ops::pack(values.ne(0).logical_and(values.isfinite()).to(torch::kByte), "sign");
   const torch::Tensor& codes = this->weight_.codes;
   if (update.rule == "momentum") {
     TORCH_CHECK_VALUE(update.lr >= 0 && update.lr <= 1, "update_: lr is ", update.lr, ", expected 0 <= lr <= 1");

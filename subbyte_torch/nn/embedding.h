@@ -15,6 +15,8 @@ struct EmbeddingOptions {
   int64_t num_embeddings, embedding_dim;
   // Its row gets no gradient; none when negative.
   int64_t padding_idx = -1;
+  // The gradient is a sparse tensor of the looked-up rows.
+  bool sparse = false;
   QuantizeOptions quantize;
 };
 
@@ -23,7 +25,7 @@ class EmbeddingImpl : public PackedModule<EmbeddingImpl> {
   EmbeddingImpl(int64_t num_embeddings, int64_t embedding_dim)
       : EmbeddingImpl(EmbeddingOptions(num_embeddings, embedding_dim)) {}
   explicit EmbeddingImpl(const EmbeddingOptions& options);
-  explicit EmbeddingImpl(PackedWeight weight, int64_t padding_idx = -1);
+  explicit EmbeddingImpl(PackedWeight weight, int64_t padding_idx = -1, bool sparse = false);
 
   void reset() override;
   void pretty_print(std::ostream& stream) const override;

@@ -125,8 +125,10 @@ Linear Linear::from_float(const torch::nn::Linear& layer, const QuantizeOptions&
 
 EmbeddingImpl::EmbeddingImpl(const EmbeddingOptions& options_) : options(options_) { reset(); }
 
-EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx) : options(weight.out_features(), weight.in_features) {
+EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx, bool sparse)
+    : options(weight.out_features(), weight.in_features) {
   options.padding_idx = padding_idx;
+  options.sparse = sparse;
   options.quantize.format = weight.format;
   options.quantize.group_size = weight.group_size;
   options.quantize.sym = !weight.zeros.defined() && !weight.offsets.defined();
@@ -149,13 +151,15 @@ void EmbeddingImpl::pretty_print(std::ostream& stream) const {
   stream << ", format=" << weight_.format << ", group_size=" << weight_.group_size << ")";
 }
 
-torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) { return embedding(indices, weight_, options.padding_idx); }
+torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) {
+  return embedding(indices, weight_, options.padding_idx, /*with_gradient=*/true, options.sparse);
+}
 
 Embedding Embedding::from_float(const torch::nn::Embedding& layer, const QuantizeOptions& quantize) {
   TORCH_CHECK_VALUE(!layer->options.max_norm().has_value(),
                     "Embedding: the layer has max_norm, which packed tables do not apply");
   return Embedding(std::make_shared<EmbeddingImpl>(PackedWeight::quantize(layer->weight, quantize),
-                                                   layer->options.padding_idx().value_or(-1)));
+                                                   layer->options.padding_idx().value_or(-1), layer->options.sparse()));
 }
 
 template class PackedModule<LinearImpl>;

@@ -12,14 +12,14 @@
 #include "subbyte_torch/ops/packed.h"
 
 namespace subbyte {
-namespace {
 
-// [N, K] -> [N, G]; the short tail group is filled up with zeros.
 at::Tensor group_sums(const at::Tensor& t, int64_t k, int64_t group_size) {
   const int64_t size = std::min(group_size, k), groups = ceil_div(k, size);
   const at::Tensor padded = at::constant_pad_nd(t, {0, groups * size - k});
   return padded.view_symint({t.sym_size(0), groups, size}).sum(-1);
 }
+
+namespace {
 
 // The format's zero of every stored column, [K], or [1] when all columns share it.
 at::Tensor fixed_zeros(const RowLayout& layout, const at::TensorOptions& options) {
@@ -32,6 +32,21 @@ at::Tensor fixed_zeros(const RowLayout& layout, const at::TensorOptions& options
 
 }  // namespace
 
+AffineSums affine_sums(const at::Tensor& gw, const PackedArgs& w, bool need_scales, bool need_shift) {
+  AffineSums out;
+  at::Tensor g = gw.to(at::kFloat);
+  if (given(w.perm)) g = g.index_select(1, *w.perm);
+  if (need_shift || given(w.zeros)) out.shift = group_sums(g, w.in_features, w.group_size);
+  if (need_scales) {
+    at::Tensor q = ops::unpack(w.codes, w.format, w.in_features).to(at::kFloat);
+    if (!given(w.zeros) && !given(w.offsets))
+      q = q - fixed_zeros(layout_of("affine gradient", w.format, w.in_features), q.options());
+    out.scales = group_sums(g * q, w.in_features, w.group_size);
+    if (given(w.zeros)) out.scales = out.scales - w.zeros->to(at::kFloat) * out.shift;
+  }
+  return out;
+}
+
 AffineGradients affine_gradients(const at::Tensor& gw, const PackedArgs& w, bool need_scales, bool need_zeros,
                                  bool need_offsets) {
   AffineGradients out;
@@ -41,19 +56,10 @@ AffineGradients affine_gradients(const at::Tensor& gw, const PackedArgs& w, bool
     if (need_offsets) out.offsets = at::zeros_like(*w.offsets);
     return out;
   }
-  at::Tensor g = gw.to(at::kFloat);
-  if (given(w.perm)) g = g.index_select(1, *w.perm);
-  const at::Tensor sums = given(w.zeros) || need_offsets ? group_sums(g, w.in_features, w.group_size) : at::Tensor();
-  if (need_scales) {
-    at::Tensor q = ops::unpack(w.codes, w.format, w.in_features).to(at::kFloat);
-    if (!given(w.zeros) && !given(w.offsets))
-      q = q - fixed_zeros(layout_of("affine gradient", w.format, w.in_features), q.options());
-    out.scales = group_sums(g * q, w.in_features, w.group_size);
-    if (given(w.zeros)) out.scales = out.scales - w.zeros->to(at::kFloat) * sums;
-    out.scales = out.scales.to(w.scales.scalar_type());
-  }
-  if (need_zeros) out.zeros = (-(w.scales.to(at::kFloat) * sums)).to(w.zeros->scalar_type());
-  if (need_offsets) out.offsets = sums.to(w.offsets->scalar_type());
+  const AffineSums sums = affine_sums(gw, w, need_scales, need_zeros || need_offsets);
+  if (need_scales) out.scales = sums.scales.to(w.scales.scalar_type());
+  if (need_zeros) out.zeros = (-(w.scales.to(at::kFloat) * sums.shift)).to(w.zeros->scalar_type());
+  if (need_offsets) out.offsets = sums.shift.to(w.offsets->scalar_type());
   return out;
 }
 

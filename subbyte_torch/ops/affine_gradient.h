@@ -16,4 +16,14 @@ struct AffineGradients {
 AffineGradients affine_gradients(const at::Tensor& gw, const PackedArgs& w, bool need_scales, bool need_zeros,
                                  bool need_offsets);
 
+// [N, K] in stored column order -> [N, G], each group summed; K > 0.
+at::Tensor group_sums(const at::Tensor& t, int64_t k, int64_t group_size);
+
+// The same sums in float32 before they are divided among the parts: d/ds, and sum gw, the gradient of a shift of the group's
+// values. K > 0; composed of differentiable ops.
+struct AffineSums {
+  at::Tensor scales, shift;
+};
+AffineSums affine_sums(const at::Tensor& gw, const PackedArgs& w, bool need_scales, bool need_shift);
+
 }  // namespace subbyte

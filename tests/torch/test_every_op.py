@@ -57,8 +57,11 @@ def cases(device):
     conv = ([3, 2], [1, 2], [1, 0], [1, 1], 2)
     moment = lambda: torch.zeros(5, 13, device=device)  # noqa: E731
     grad = randn(5, 13, device=device)
+    trained, wide = (args[0].clone(), args[1].clone(), None, args[3].clone(), *args[4:]), ops.widen(*args)
     return {
         "activation_quant": ((x,), {}, KEPT),
+        "affine_adamw_": ((*trained, grad, ops.affine_state(*args), 0.1), {}, KEPT),
+        "affine_state": (args, {}, KEPT),
         "binary_conv2d": ((image, kernel, None, None, one(0.5, True), one(0.2), None, *conv, -1), {}, KEPT),
         "binary_linear": ((x, w.requires_grad_(), None, None, one(0.5, True), one(0.2)), {}, KEPT),
         "binary_matmul": ((x, randn(2, 4, 13, device=device), one(0.5), one(0.2)), {}, WIDEST),
@@ -93,12 +96,14 @@ def cases(device):
         "quantized_conv2d": ((image, kernel, None, one(0.5, True), one(0.2, True), None, None, *conv), {}, HALF),
         "quantized_linear": ((x, w, None, one(0.5, True), one(0.2, True)), {}, HALF),
         "quantized_matmul": ((x, randn(2, 4, 13, device=device, grad=True), one(0.5, True), one(0.2)), {}, HALF),
+        "regrid_": ((*trained, *wide[:2]), {}, KEPT),
         "relayout": ((signs.codes, "sign", "bstc", 5, 13), {}, KEPT),
         "ternarize": ((w,), {}, KEPT),
         "ternary_decompose": ((w.detach(), 2), {}, KEPT),
         "unpack": ((args[0], "uint4", 13), {}, KEPT),
         "unpack_base3": ((F.pack_ternary_base3(trits)[0], [4, 13]), {}, KEPT),
         "unpack_statistic": ((torch.ones(2, 3, dtype=torch.uint8, device=device),), {}, KEPT),
+        "widen": (args, {}, KEPT),
     }
 
 

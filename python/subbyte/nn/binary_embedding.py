@@ -161,8 +161,9 @@ class _BinaryTable(_PackedState, torch.nn.Module):
             lr, beta: of the average. With a constant lr only start / lr matters.
             seed: of the rounding of int8 averages; None draws one.
 
-        Elements whose gradient is exactly 0, NaN or infinite stay, where the gradient is known as numbers (not with
-        gradient="packed").
+        Elements whose gradient is exactly 0, NaN or infinite stay. With gradient="packed", where signs are all that is known, 0
+        counts as positive, and on the CPU the backward pass refuses a gradient that is not finite; on a GPU, which would have
+        to be waited for, NaN counts as negative.
         """
         mask = None
         if self.packed_grad is not None:
@@ -243,6 +244,11 @@ class BinaryEmbedding(_BinaryTable):
         return y * F.embedding(indices, self.scale, self.padding_idx, sparse=self.gradient == "sparse")
 
 
+def _refuse_broken(module, gy):
+    if gy.device.type == "cpu" and not gy.isfinite().all():
+        raise RuntimeError(f"{type(module).__name__}: the gradient is not finite, and the signs of such elements mean nothing")
+
+
 class _PackedLookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, indices, weight, module):
@@ -253,6 +259,7 @@ class _PackedLookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gy):
         module = ctx.module
+        _refuse_broken(module, gy)
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
         module._keep_packed_grad(
             *_ops.embedding_grad_packed(gy, ctx.saved_tensors[0], ctx.scales, module.num_embeddings, padding_idx)
@@ -323,6 +330,7 @@ class _PackedBag(torch.autograd.Function):
     def backward(ctx, gy):
         indices, offsets, per_sample_weights = ctx.saved_tensors
         module = ctx.module
+        _refuse_broken(module, gy)
         padding_idx = -1 if module.padding_idx is None else module.padding_idx
         module._keep_packed_grad(
             *_ops.embedding_grad_packed(

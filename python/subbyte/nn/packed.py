@@ -185,7 +185,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
     Args:
         num_embeddings, embedding_dim, padding_idx, device, dtype: as in torch.nn.Embedding.
         sparse: the gradient is a sparse COO tensor of the rows that the batch named, so that a step costs what was looked up:
-            torch.optim.SGD reads and writes these rows alone. Otherwise it is dense.
+            torch.optim.SGD and subbyte.optim read and write these rows alone. Otherwise it is dense.
         bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
     """
 
