@@ -6,6 +6,10 @@ packed step is faster. Beside them: bytes read and written a weight, and the sha
 (two read, one written) reaches in the same run. The moments of a packed step are compared with torch's before anything is timed.
 
   SUBBYTE_TORCH_LIB=.../libsubbyte_torch.so PYTHONPATH=python bench/compare_optimizers.py --device cuda
+  SUBBYTE_TORCH_LIB=.../libsubbyte_torch.so PYTHONPATH=python bench/compare_optimizers.py --sparse
+
+--sparse: a step on a sparse gradient of 256 rows, of tables of 10^4 and of 10^6 rows, alternating; beside
+torch.optim.SparseAdam on a dense table. The ratio large / small is 1 where the cost is that of the named rows.
 """
 
 import argparse
@@ -45,16 +49,51 @@ def check(device):
     torch.testing.assert_close(ours.state[w]["v"], theirs.state[d]["exp_avg_sq"], rtol=1e-5, atol=1e-10)
 
 
+def sparse_steps(args):
+    def optimizer_of(kind, v):
+        g = torch.Generator(device=args.device).manual_seed(v)
+        rows = torch.randint(0, v, (256,), device=args.device, generator=g).unique()
+        if kind == "torch SparseAdam":
+            p = torch.nn.Parameter(torch.zeros(v, args.k, device=args.device))
+            optimizer = torch.optim.SparseAdam([p])
+        else:
+            codes = torch.zeros(v, args.k // 2, dtype=torch.uint8, device=args.device)
+            scales = torch.full((v, args.k // 64), 0.1, device=args.device)
+            p = torch.nn.Parameter(subbyte.PackedWeight(codes, scales, format="uint4", in_features=args.k, group_size=64))
+            optimizer = PackedAdamW([p])
+        values = torch.randn(len(rows), args.k, device=args.device, generator=g)
+        p.grad = torch.sparse_coo_tensor(rows[None], values, (v, args.k), is_coalesced=True, check_invariants=False)
+        return optimizer
+
+    print(f"{args.device}, {args.threads} threads, [V, {args.k}], 256 rows named, torch {torch.__version__}")
+    print(f"{'sparse step':20} {'V=1e4 us':>9} {'V=1e6 us':>9} {'ratio':>6}")
+    for kind in ("packed 4 bits", "torch SparseAdam"):
+        optimizers = {v: optimizer_of(kind, v) for v in (10**4, 10**6)}
+        times = {v: [] for v in optimizers}
+        for sample in range(args.samples + 3):
+            for v, optimizer in optimizers.items():
+                seconds = timed(args.device, optimizer.step)
+                if sample >= 3:
+                    times[v].append(seconds)
+        small, large = (statistics.median(times[v]) * 1e6 for v in optimizers)
+        print(f"{kind:20} {small:9.1f} {large:9.1f} {large / small:6.2f}")
+
+
 def main():
     head, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--n", type=int, default=4096, help="rows of the weight")
-    parser.add_argument("--k", type=int, default=4096, help="columns")
+    parser.add_argument("--k", type=int, help="columns (4096)")
     parser.add_argument("--samples", type=int, default=9)
+    parser.add_argument("--sparse", action="store_true", help="steps on sparse gradients, with --k 128 unless told")
     args = parser.parse_args()
+    args.k = args.k or (128 if args.sparse else 4096)
     torch.set_num_threads(args.threads)
+    if args.sparse:
+        sparse_steps(args)
+        return
     device, n, k = args.device, args.n, args.k
     check(device)
 

@@ -9,9 +9,9 @@ must be the same on all ranks. `DistributedDataParallel` here is torch's with bo
 import torch
 import torch.distributed as dist
 
-from .packed_weight import PackedWeight, rounding_generator, set_rounding_generator
+from .packed_weight import PackedWeight, rounding_generator, set_rounding_generator, sharding
 
-__all__ = ["DistributedDataParallel", "broadcast_", "share_rounding"]
+__all__ = ["DistributedDataParallel", "broadcast_", "fully_shard", "share_rounding"]
 
 
 def _group_rank_to_global(group, rank):
@@ -82,9 +82,47 @@ def share_rounding(src=0, group=None, device="cpu"):
 
 
 class DistributedDataParallel(torch.nn.parallel.DistributedDataParallel):
-    """torch.nn.parallel.DistributedDataParallel (same arguments) whose packed weights start and stay the same on all ranks."""
+    """torch.nn.parallel.DistributedDataParallel (same arguments) whose packed weights start and stay the same on all ranks.
+
+    Not together with an optimizer's update_in_backward(), which uses gradients before they are averaged: it averages them
+    itself when it is given the process group.
+    """
 
     def __init__(self, module, *args, process_group=None, **kwargs):
+        if any(getattr(p, "_updated_in_backward", False) for p in module.parameters()):
+            raise RuntimeError(
+                "DistributedDataParallel: an optimizer updates these parameters during the backward pass, before gradients are "
+                "averaged; give it the process group instead: update_in_backward(average_over=...)"
+            )
         broadcast_(module, group=process_group)
         share_rounding(group=process_group, device=_device_of(module))
         super().__init__(module, *args, process_group=process_group, init_sync=False, **kwargs)
+        for p in module.parameters():
+            p._averaged_after_backward = True
+
+
+def fully_shard(module, *, mesh=None, **kwargs):
+    """torch.distributed.fsdp.fully_shard (FSDP2; same arguments) that keeps packed weights packed: every rank holds N / ranks
+    rows.
+
+    Codes, scales, zeros and offsets are gathered before a layer computes and freed after; gradients are averaged and scattered
+    as dense rows. Optimizers of torch.optim step the rows of their rank, and so do those of subbyte.optim, fused. Every rank
+    rounds its rows with random bits of its own, so that a sharded run has not the bits of one that is not.
+
+    ValueError where the rows of a packed weight do not divide by the number of ranks; RuntimeError from torch's own
+    fully_shard, which would put a dense float copy in place of the weight.
+    """
+    from torch.distributed.fsdp import fully_shard as torch_fully_shard
+    from torch.distributed.tensor import DTensor
+
+    # The last dimension of a mesh is the one that shards; another in front of it replicates.
+    ranks = dist.get_world_size() if mesh is None else mesh.size(mesh.ndim - 1)
+    for name, p in module.named_parameters():
+        if isinstance(p, PackedWeight) and p.shape[0] % ranks:
+            raise ValueError(f"fully_shard: '{name}' has {p.shape[0]} rows, expected a multiple of the {ranks} ranks")
+    with sharding():
+        sharded = torch_fully_shard(module, mesh=mesh, **kwargs)
+    for p in module.parameters():
+        if isinstance(p, DTensor) and isinstance(p._local_tensor, PackedWeight):
+            p._local_tensor._shard = True
+    return sharded

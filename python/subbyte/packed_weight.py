@@ -12,7 +12,9 @@ holds the parts of a packed matrix instead of values. Three levels of operations
 A view of a packed weight (w[0], w.view(-1)) is a dense copy: writing to it does not reach the weight. w[i] = v does.
 """
 
+import contextlib
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +193,23 @@ class PackedWeight(torch.Tensor):
     def packed_args(self):
         """The arguments that spell this weight in every torch.ops.subbyte op."""
         return (self.codes, self.scales, self.zeros, self.offsets, self.perm, self.format, self.in_features, self.group_size)
+
+    def block_of_rows(self, begin, end):
+        """Rows begin to end as a packed weight that shares this one's storage."""
+        return self._map_parts(lambda part: part if part is self.perm else part[begin:end])
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """Of a shard, for FSDP2: what goes over the wire is packed."""
+        sent = [name for name in PART_NAMES if name != "perm" and getattr(self, name) is not None]
+        return tuple(getattr(self, name).contiguous() for name in sent), sent
+
+    def fsdp_post_all_gather(self, gathered, sent, dtype, *, out=None):
+        if out is not None:  # its parts are views of the gathered tensors, whose storage was filled anew
+            return None
+        parts = dict(zip(sent, gathered))
+        named = {id(getattr(self, name)): part for name, part in parts.items()}
+        whole = self._map_parts(lambda part: named.get(id(part), part), dtype=dtype)
+        return whole, tuple(gathered)
 
     def dequantize(self, dtype=None):
         """The dense values, as a plain tensor of this weight's dtype or another; no gradient."""
@@ -464,8 +483,73 @@ def _alias(func, self):
     return self._map_parts(func)
 
 
+# FSDP2 (subbyte.distributed.fully_shard): while it cuts a weight into shards, and in a shard, rows stay packed. It calls for
+# blocks of rows, for zeros to put them into, and for a flat view of a shard, of which it only keeps hold.
+
+
+_sharding = False
+
+
+@contextlib.contextmanager
+def sharding():
+    global _sharding
+    before, _sharding = _sharding, True
+    try:
+        yield
+    finally:
+        _sharding = before
+
+
+def _is_shard(weight):
+    return isinstance(weight, PackedWeight) and not weight.transposed and (_sharding or getattr(weight, "_shard", False))
+
+
+def packed_of(parameter):
+    """The PackedWeight that a parameter is, or whose rows it holds here (a DTensor of FSDP2); None for others."""
+    local = parameter if isinstance(parameter, PackedWeight) else getattr(parameter, "_local_tensor", None)
+    return local if isinstance(local, PackedWeight) else None
+
+
+@_handles(aten.split.Tensor)
+def _split(func, self, split_size, dim=0):
+    if not _is_shard(self):
+        frame = sys._getframe()
+        while (frame := frame.f_back) is not None:
+            if frame.f_code.co_name == "_init_sharded_param":
+                raise RuntimeError(
+                    "fully_shard: torch's own would make a dense float copy of a PackedWeight; use "
+                    "subbyte.distributed.fully_shard"
+                )
+        return NotImplemented
+    return [self.block_of_rows(i, min(i + split_size, self.shape[0])) for i in range(0, self.shape[0], split_size)]
+
+
+@_handles(aten.slice.Tensor)
+def _slice(func, self, dim=0, start=None, end=None, step=1):
+    if not _is_shard(self) or dim != 0 or step != 1:
+        return NotImplemented
+    begin, end, _ = slice(start, end).indices(self.shape[0])
+    return self.block_of_rows(begin, max(begin, end))
+
+
+@_handles(aten.new_zeros.default)
+def _new_zeros(func, self, size, **kwargs):
+    if _is_shard(self) and len(size) == 2 and size[1] == self.shape[1]:
+        return self._map_parts(lambda part: part if part is self.perm else part.new_zeros(size[0], *part.shape[1:]))
+    return _dense_like(func, self, size, **kwargs)
+
+
+@_handles(aten.as_strided.default)
+def _as_strided(func, self, size, stride, storage_offset=None):
+    if tuple(size) == self.shape and tuple(stride) == self.stride() and not storage_offset:
+        return self._map_parts(aten.alias.default)
+    return NotImplemented
+
+
 @_handles(aten.view.default, aten._unsafe_view.default, aten.expand.default)
 def _view(func, self, size, **kwargs):
+    if _is_shard(self) and list(size) == [-1]:
+        return self._map_parts(aten.alias.default)
     if list(size) in (list(self.shape), [-1, self.shape[1]], [self.shape[0], -1]):
         return self._map_parts(aten.alias.default)
     return NotImplemented
@@ -523,7 +607,6 @@ def _record_stream(func, self, stream):
     aten.full_like.default,
     aten.rand_like.default,
     aten.randn_like.default,
-    aten.new_zeros.default,
     aten.new_ones.default,
     aten.new_empty.default,
     aten.new_full.default,
@@ -682,8 +765,13 @@ def _writes(func):
 
 
 def _store(weight, dense):
+    """Encodes values onto the weight's grid. A value that is not finite is a ValueError on the CPU and skipped on a GPU, which
+    cannot refuse without being waited for."""
     if weight.transposed:
         dense = dense.t()
+    if dense.device.type != "cpu":
+        old = _ops.dequantize(*weight.packed_args, torch.float32)
+        dense = torch.where(dense.isfinite(), dense, old)
     _ops.encode_(
         weight.codes,
         dense,

@@ -31,8 +31,9 @@ Tensor slow_average(const Tensor& signs) { return -signs * (torch::rand_like(sig
 
 using Back = std::function<Tensor(const Tensor&)>;
 
-// w after a step of the ordinary rule; `w` itself is changed.
-Tensor moved(const Tensor& w, const Tensor& gradient, DiodeMixParamState& state, const DiodeMixOptions& o, const Back& back) {
+// w after a step of the ordinary rule; `w` itself is changed. Where `finite` (undefined: everywhere) is false, nothing changes.
+Tensor moved(const Tensor& w, const Tensor& gradient, DiodeMixParamState& state, const DiodeMixOptions& o, const Back& back,
+             const Tensor& finite = {}) {
   const auto [beta1, beta2] = o.betas();
   const Tensor g = gradient.to(w.scalar_type());
   if (!state.exp_avg_l().defined()) {
@@ -40,13 +41,19 @@ Tensor moved(const Tensor& w, const Tensor& gradient, DiodeMixParamState& state,
     state.exp_avg_s(torch::zeros_like(g));
   }
   Tensor m = state.exp_avg_l(), v = state.exp_avg_s();
-  m.mul_(beta1).add_(g, 1 - beta1);
-  v.mul_(beta2).addcmul_(g, g, 1 - beta2);
+  if (finite.defined()) {
+    m.copy_(torch::where(finite, m * beta1 + (1 - beta1) * g, m));
+    v.copy_(torch::where(finite, v * beta2 + (1 - beta2) * g * g, v));
+  } else {
+    m.mul_(beta1).add_(g, 1 - beta1);
+    v.mul_(beta2).addcmul_(g, g, 1 - beta2);
+  }
   double eta = o.lr();
   const double t = double(state.step());
   if (o.correct_bias()) eta *= std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
-  w.sub_(back(m / (v.sqrt() + o.eps())), eta);
-  if (o.weight_decay() > 0) w.sub_(w, o.lr() * o.weight_decay());
+  auto where_finite = [&](const Tensor& x) { return finite.defined() ? torch::where(finite, x, torch::zeros_like(x)) : x; };
+  w.sub_(where_finite(back(m / (v.sqrt() + o.eps()))), eta);
+  if (o.weight_decay() > 0) w.sub_(where_finite(w), o.lr() * o.weight_decay());
   return w;
 }
 
@@ -86,7 +93,7 @@ Tensor stored_order(const PackedWeight* w, const Tensor& g) {
 }
 
 void step_binary(const Signs& signs, const PackedWeight* w, const Tensor& gradient, DiodeMixParamState& state,
-                 const DiodeMixOptions& o, const Back& back) {
+                 const DiodeMixOptions& o, const Back& back, bool projected) {
   const auto [beta1, beta2] = o.betas();
   const Tensor g = gradient.to(signs.values.scalar_type());
   if (!state.exp_avg_s().defined()) {
@@ -94,9 +101,13 @@ void step_binary(const Signs& signs, const PackedWeight* w, const Tensor& gradie
     state.exp_avg_l(torch::zeros_like(g));
   }
   Tensor l = state.exp_avg_l(), s = state.exp_avg_s();
-  l.add_(g - l, 1 - beta1);
-  s.add_(o.lr() * stored_order(w, back(l)).sign() - s, 1 - beta2);
-  signs.flip(sign_of(-s).ne(signs.values));
+  // An element whose gradient is NaN or infinite keeps l, s and weight.
+  const Tensor finite = g.isfinite();
+  l.add_(torch::where(finite, g - l, torch::zeros_like(l)), 1 - beta1);
+  const Tensor change = o.lr() * stored_order(w, back(l)).sign() - s;
+  const Tensor moves = projected ? torch::ones_like(s, torch::kBool) : stored_order(w, finite);
+  s.add_(torch::where(moves, change, torch::zeros_like(s)), 1 - beta2);
+  signs.flip(sign_of(-s).ne(signs.values).logical_and(moves));
 }
 
 void step_table(PackedWeight& w, const Tensor& gradient, DiodeMixParamState& state, const DiodeMixOptions& o) {
@@ -106,9 +117,9 @@ void step_table(PackedWeight& w, const Tensor& gradient, DiodeMixParamState& sta
   if (!state.exp_avg_s().defined()) state.exp_avg_s(slow_average(signs_of(w).values));
   const Signs signs = signs_of(w, rows);
   Tensor s = state.exp_avg_s().index_select(0, rows);
-  s.add_(o.lr() * values.sign() - s, 1 - beta2);
+  s.add_(torch::where(values.isfinite(), o.lr() * values.sign() - s, torch::zeros_like(s)), 1 - beta2);
   state.exp_avg_s().index_copy_(0, rows, s);
-  signs.flip(sign_of(-s).ne(signs.values));
+  signs.flip(sign_of(-s).ne(signs.values).logical_and(values.isfinite()));
 }
 
 }  // namespace
@@ -206,9 +217,11 @@ void DiodeMix::step_one(const Tensor& parameter, const DiodeMixOptions& o) {
   auto& state = static_cast<DiodeMixParamState&>(*slot);
 
   Back back = [](const Tensor& t) { return t; };
-  if (o.rank() > 0 && g.dim() == 2 && !sparse) {
+  const bool projected = o.rank() > 0 && g.dim() == 2 && !sparse;
+  if (projected) {
     GaLoreProjector projector({o.rank(), o.update_proj_gap(), o.scale(), o.proj_type()});
     projector.set_basis(state.galore_left(), state.galore_right());
+    if (packed != nullptr || binary) g = torch::where(g.isfinite(), g, torch::zeros_like(g));
     g = projector.project(g.scalar_type() == torch::kDouble ? g : g.to(torch::kFloat), state.step());
     state.galore_left(projector.left());
     state.galore_right(projector.right());
@@ -220,13 +233,14 @@ void DiodeMix::step_one(const Tensor& parameter, const DiodeMixOptions& o) {
     if (sparse) {
       step_table(*packed, g, state, o);
     } else if (binary) {
-      step_binary(signs_of(*packed), packed, g, state, o, back);
+      step_binary(signs_of(*packed), packed, g, state, o, back, projected);
     } else {
-      const Tensor w = moved(packed->dequantize(torch::kFloat), g, state, o, back);
+      const Tensor finite = projected ? Tensor() : g.isfinite();
+      const Tensor w = moved(packed->dequantize(torch::kFloat), g, state, o, back, finite);
       packed->encode_(w, o.stochastic(), o.stochastic() ? drawn_seed() : 0);
     }
   } else if (binary) {
-    step_binary(signs_of(parameter.detach()), nullptr, g, state, o, back);
+    step_binary(signs_of(parameter.detach()), nullptr, g, state, o, back, projected);
   } else if (parameter.scalar_type() == torch::kHalf || parameter.scalar_type() == torch::kBFloat16) {
     Tensor values = parameter.detach();
     values.copy_(moved(values.to(torch::kFloat), g, state, o, back));

@@ -11,7 +11,9 @@
 //             s starts at -sign(w) delta, delta uniform in [0, 0.001); sign(0) of a weight and of -s is +1
 //   table     (binary with a sparse gradient)  s <- s + (1 - beta2)(lr sign(g) - s) and the flips, on the gradient's rows alone
 // eps is added to the uncorrected sqrt(v). With galore.rank > 0 the gradients of matrices are projected (galore.h), and
-// m / (sqrt(v) + eps), or l, is taken back. weight_decay has no effect on binary weights, for which it warns.
+// m / (sqrt(v) + eps), or l, is taken back. weight_decay has no effect on binary weights, for which it warns. A gradient
+// element that is NaN or infinite changes neither value nor state of packed and binary weights; where it is projected it counts
+// as 0.
 //
 // State is float32 (float64 for float64 parameters), the step a number on the host: nothing waits for the device but the
 // singular vectors of GaLore and the touched rows of a sparse gradient.

@@ -84,6 +84,34 @@ TEST(DiodeMix, O1BinaryTablesMoveTheRowsOfASparseGradientAlone) {
   EXPECT_THROW(DiodeMix({plain}).step(), c10::Error);
 }
 
+TEST(DiodeMix, BrokenGradientElementsChangeNeitherWeightNorState) {
+  torch::manual_seed(9);
+  for (const float value : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
+    for (const char* format : {"sign", "ternary", "uint4", "uint8"}) {
+      PackedWeight weight = packed(torch::randn({4, 30}), format);
+      DiodeMix optimizer(std::vector<Tensor>{}, DiodeMixOptions(0.5).betas({0.5, 0.5}).weight_decay(0.1));
+      optimizer.add_packed(weight);
+      const Tensor before = weight.dequantize();
+      Tensor g = torch::randn({4, 30});
+      g[1].fill_(value);
+      set_grad(weight.handle(), g);
+      optimizer.step();
+      optimizer.step();
+      const Tensor after = weight.dequantize();
+      EXPECT_TRUE(torch::equal(after[1], before[1])) << format << value;
+      EXPECT_FALSE(torch::equal(after[0], before[0])) << format << value;
+      EXPECT_TRUE(after.isfinite().all().item<bool>()) << format << value;
+    }
+    PackedWeight table = packed(torch::randn({6, 10}), "sign");
+    DiodeMix optimizer(std::vector<Tensor>{}, DiodeMixOptions(1e3).betas({0.5, 0.5}));
+    optimizer.add_packed(table);
+    const Tensor before = table.codes.clone();
+    table.handle().mutable_grad() = torch::sparse_coo_tensor(torch::tensor({{4, 1}}), torch::full({2, 10}, value), {6, 10});
+    optimizer.step();
+    EXPECT_TRUE(torch::equal(table.codes, before)) << value;
+  }
+}
+
 TEST(DiodeMix, TrainsAModelOfPackedAndOrdinaryWeights) {
   torch::manual_seed(4);
   const Tensor x = torch::randn({128, 32}), y = torch::matmul(x, torch::randn({32, 4})) / 6;

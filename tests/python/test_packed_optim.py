@@ -428,13 +428,3 @@ def test_wrong_arguments_are_refused():
         PackedSGD([w], nesterov=True)
     with pytest.raises(ValueError, match="threshold is -1"):
         PackedLion([w], threshold=-1)
-
-
-@pytest.mark.parametrize("optimizer", [PackedAdamW, PackedLion, PackedSGD])
-def test_sparse_gradients_of_tables_are_refused_by_name(optimizer):
-    table = subbyte.nn.Embedding(5, 8, bits=4, sparse=True)
-    table(torch.tensor([1, 3])).sum().backward()
-    before = table.weight.codes.clone()
-    with pytest.raises(RuntimeError, match=f"{optimizer.__name__}: the gradient of a packed table is sparse"):
-        optimizer(table.parameters()).step()
-    assert torch.equal(table.weight.codes, before)

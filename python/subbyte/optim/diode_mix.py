@@ -54,9 +54,16 @@ class DiodeMix(torch.optim.Optimizer):
         state_bits: 32, 16 (bfloat16) or 8 (blocks of 256) bits of each moment: for l, s, m and v of 1-bit weights 64 bits a
             weight, or 32, or 16.
 
+    Parameters that FSDP2 shards (subbyte.distributed.fully_shard) are stepped row by row where they lie; a projector then sees
+    the rows of its rank.
+
     Further keys of a group: rule, "ordinary", "binary" or "nbit", where the type should not decide; and rank, update_proj_gap,
     scale, proj_type, all four, for a GaLoreProjector on the gradients of matrices. Other shapes and sparse gradients are not
     projected. Moments are kept in the projected space and stay as they are when its basis is formed anew.
+
+    A gradient element that is NaN or infinite changes nothing of a packed, integer or binary parameter: neither value nor state
+    (but for the rounding of 8-bit states). Where a projector mixes elements it counts as 0. Ordinary parameters and classes
+    with a rule of their own take it as it comes.
 
     Raises:
         ValueError: for lr, eps or weight_decay below 0, betas outside [0, 1), unknown options.
@@ -161,23 +168,25 @@ class DiodeMix(torch.optim.Optimizer):
                 if g is None:
                     g = p.grad
                 if g is not None:
-                    self._step_one(p, g, group)
+                    # Of a parameter that FSDP2 shards, the rows of this rank: all rules work element by element.
+                    own, g = (getattr(t, "_local_tensor", t) for t in (p, g))
+                    self._step_one(own, g, group, self.state[p])
         return loss
 
-    def _step_one(self, p, g, group):
+    def _step_one(self, p, g, group, state):
         rule = self._rule_of(p, group)
         sparse = g.layout != torch.strided
         table = rule is _binary and sparse
         if sparse and not table and rule is not _own_class:
             raise RuntimeError("DiodeMix: sparse gradients are taken by binary tables, and classes with a rule of their own, alone")
-        state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros(1)
         projector = None
         if "rank" in group and g.dim() == 2 and not sparse:
             projector = GaLoreProjector(**{key: group[key] for key in _GALORE_KEYS})
             projector.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("galore_")})
-            g = projector.project(g.to(_DTYPES[group["dtype"]]), int(state["step"]))
+            g = g.to(_DTYPES[group["dtype"]])
+            g = projector.project(torch.where(g.isfinite(), g, 0) if rule in (_binary, _nbit) else g, int(state["step"]))
             state.update({f"galore_{key}": value for key, value in projector.state_dict().items()})
         if rule is _binary and group["weight_decay"] > 0:
             warnings.warn("DiodeMix: weight_decay has no effect on binary parameters", stacklevel=4)
@@ -208,8 +217,8 @@ def _count(state):
     return int(state["step"])
 
 
-def _adam_direction(g, state, group, projector):
-    """(eta, [project_back] m / (sqrt(v) + eps)) after counting the step."""
+def _adam_direction(g, state, group, projector, finite):
+    """(eta, [project_back] m / (sqrt(v) + eps)) after counting the step. Moments move where `finite`, None: everywhere."""
     dtype, bits = _DTYPES[group["dtype"]], group["state_bits"]
     (beta1, beta2), t = group["betas"], _count(state)
     g = g.to(dtype)
@@ -218,8 +227,12 @@ def _adam_direction(g, state, group, projector):
         v = moments.load(state, "exp_avg_s", bits, dtype, signed=False)
     else:
         m, v = torch.zeros_like(g), torch.zeros_like(g)
-    m.mul_(beta1).add_(g, alpha=1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if finite is None:
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    else:
+        m.copy_(torch.where(finite, m * beta1 + (1 - beta1) * g, m))
+        v.copy_(torch.where(finite, v * beta2 + (1 - beta2) * g * g, v))
     moments.store(state, "exp_avg_l", m, bits)
     moments.store(state, "exp_avg_s", v, bits, signed=False)
     eta = group["lr"]
@@ -228,13 +241,18 @@ def _adam_direction(g, state, group, projector):
     return eta, _back(projector, m / (v.sqrt() + group["eps"]))
 
 
-def _moved(w, g, state, group, projector):
-    """The values w after a step of the ordinary rule; w is changed."""
-    eta, direction = _adam_direction(g, state, group, projector)
-    w.sub_(direction, alpha=eta)
+def _moved(w, g, state, group, projector, finite=None):
+    """The values w after a step of the ordinary rule where `finite`; w is changed."""
+    eta, direction = _adam_direction(g, state, group, projector, finite)
+    w.sub_(direction if finite is None else torch.where(finite, direction, 0), alpha=eta)
     if group["weight_decay"] > 0:
-        w.sub_(w, alpha=group["lr"] * group["weight_decay"])
+        w.sub_(w if finite is None else torch.where(finite, w, 0), alpha=group["lr"] * group["weight_decay"])
     return w
+
+
+def _finite(g, projector):
+    """Which elements of a packed parameter's gradient count; None: all, as after a projection, which has seen to it."""
+    return g.isfinite() if projector is None else None
 
 
 def _ordinary(p, g, state, group, projector):
@@ -250,7 +268,7 @@ def _nbit(p, g, state, group, projector):
     if isinstance(p, PackedWeight):
         if p.transposed:
             raise ValueError("DiodeMix: the parameter is a transposed view of a PackedWeight")
-        w = _moved(p.dequantize(torch.float32).to(dtype), g, state, group, projector)
+        w = _moved(p.dequantize(torch.float32).to(dtype), g, state, group, projector, _finite(g, projector))
         seed = _draw_seed() if group["rounding"] == "stochastic" else 0
         parts = (p.scales, p.zeros, p.offsets, p.perm)
         _ops.encode_(p.codes, w, *parts, p.format, p.group_size, group["rounding"], seed, 0)
@@ -261,7 +279,7 @@ def _nbit(p, g, state, group, projector):
     if not isinstance(scale, torch.Tensor):
         scale = state.setdefault("scale", torch.ones((), dtype=torch.float32, device=p.device))
     data = p.detach()
-    w = _moved(data.to(dtype) * scale.to(dtype), g, state, group, projector)
+    w = _moved(data.to(dtype) * scale.to(dtype), g, state, group, projector, _finite(g, projector))
     top = torch.iinfo(p.dtype).max
     largest = w.abs().amax() if w.numel() else w.new_zeros(())
     scale.copy_(torch.where(largest > 0, largest / top, scale.to(dtype)))
@@ -314,11 +332,14 @@ def _binary(p, g, state, group, projector):
         s, average = moments.load(state, "exp_avg_s", bits, dtype), moments.load(state, "exp_avg_l", bits, dtype)
     else:
         s, average = _slow_average(signs), torch.zeros_like(g)
-    average.add_(g - average, alpha=1 - beta1)
-    s.add_(group["lr"] * _stored_order(p, _back(projector, average)).sign() - s, alpha=1 - beta2)
+    finite = g.isfinite()
+    average.add_(torch.where(finite, g - average, 0), alpha=1 - beta1)
+    change = group["lr"] * _stored_order(p, _back(projector, average)).sign() - s
+    moves = torch.ones_like(s, dtype=torch.bool) if projector is not None else _stored_order(p, finite)
+    s.add_(torch.where(moves, change, 0), alpha=1 - beta2)
     moments.store(state, "exp_avg_l", average, bits)
     moments.store(state, "exp_avg_s", s, bits)
-    flip(_sign(-s) != signs)
+    flip((_sign(-s) != signs) & moves)
 
 
 def _binary_table(p, g, state, group, projector):
@@ -344,9 +365,9 @@ def _binary_table(p, g, state, group, projector):
     signs, flip = _signs_and_writer(p, rows)
     s = state["exp_avg_s"].index_select(0, rows).to(dtype)
     s = s * unit if bits == 8 else s
-    s.add_(group["lr"] * values.sign() - s, alpha=1 - beta2)
+    s.add_(torch.where(values.isfinite(), group["lr"] * values.sign() - s, 0), alpha=1 - beta2)
     state["exp_avg_s"].index_copy_(0, rows, stored(s))
-    flip(_sign(-s) != signs.to(dtype))
+    flip((_sign(-s) != signs.to(dtype)) & values.isfinite())
 
 
 def _own_class(p, g, state, group, projector):

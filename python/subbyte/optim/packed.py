@@ -7,15 +7,18 @@ exist, and a weight's moments take 0.5 to 4 bytes each. Parameters that are not 
 import math
 
 import torch
+import torch.distributed as dist
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .. import _library
-from ..packed_weight import PackedWeight
+from .._formats import default_scheme
+from ..packed_weight import packed_of
 
 _ops = _library.load()
 
 MOMENTS = ("float32", "bfloat16", "8bit", "4bit")
+SCALES = ("fixed", "trained", "reestimated")
 _BLOCK = 256  # columns that share an absmax
 _STEPS = 40  # bits of the Philox offset that count steps; those above number the parameters
 
@@ -43,18 +46,66 @@ def _check_moments(names):
             raise ValueError(f"moments is {name!r}, expected one of {', '.join(MOMENTS)}")
 
 
+def _check_scales(scales, scale_lr, reestimate_every, capturable):
+    if scales not in SCALES:
+        raise ValueError(f"scales is {scales!r}, expected one of {', '.join(SCALES)}")
+    _check("scale_lr", scale_lr, 0)
+    if isinstance(reestimate_every, bool) or not isinstance(reestimate_every, int) or reestimate_every < 1:
+        raise ValueError(f"reestimate_every is {reestimate_every!r}, expected an integer of at least 1")
+    if scales == "reestimated" and capturable:
+        raise ValueError("scales is 'reestimated' with capturable=True: which step does so is decided on the host")
+
+
+class _Rows:
+    """Rows of a packed weight as ops want them: views of a block of rows, or copies of those that a sparse gradient names."""
+
+    def __init__(self, weight, take):
+        self.codes, self.scales = take(weight.codes), take(weight.scales)
+        self.zeros, self.offsets = (None if part is None else take(part) for part in (weight.zeros, weight.offsets))
+        self.perm, self.format = weight.perm, weight.format
+        self.in_features, self.group_size = weight.in_features, weight.group_size
+
+    @property
+    def packed_args(self):
+        return (self.codes, self.scales, self.zeros, self.offsets, self.perm, self.format, self.in_features, self.group_size)
+
+
+_BLOCK_ELEMS = 1 << 20  # of a block of rows that is held in float32
+_SEED_STEP = 0x9E3779B97F4A7C15  # seeds of blocks lie far apart
+
+
 class _PackedOptimizer(torch.optim.Optimizer):
     """What the three have in common: which parameter is stepped how, random offsets, state files, update in backward.
 
     Random bits are a function of (seed, position of the parameter among all, its step, element): a run is repeatable and resumable
     without any generator, and ranks that see the same gradients keep the same bits.
+
+    Sparse gradients (torch.sparse_coo, rows of an embedding table): duplicates are summed first, and then only the named rows
+    are read and written, those of the codes and those of the moments (lazy, as torch.optim.SparseAdam: a row's moments and
+    decay rest while it is not named; the bias corrections count the parameter's steps). The random bits count the named rows in
+    order.
+
+    Scales and zeros or offsets of packed weights, by `scales`:
+        "fixed"        they stay.
+        "trained"      by Adam on their own gradient, formed from the weight's, whatever rule steps the codes: formula in
+                       subbyte_torch/ops/affine_update.h; rates lr * scale_lr of the shift and lr * scale_lr * 2 / (levels - 1)
+                       of the scale. State: 8 bytes each a group, 12 where they have 16 bits.
+        "reestimated"  every reestimate_every-th step is taken on a fine grid without ends, and scales and zeros or offsets are
+                       chosen anew for the stepped values, by `scheme` ("minmax", "absmax", "absmean"; None: the one that
+                       quantization uses by default).
     """
+
+    _betas_of_scales = (0.9, 0.999)
 
     def __init__(self, params, defaults):
         self._in_backward = None
         super().__init__(params, defaults)
 
-    def _packed_step(self, group, p, grad, state, offset, tail):
+    def _moment_kinds(self, group):
+        """{name: kind} of the moments of a packed weight."""
+        raise NotImplementedError
+
+    def _packed_step(self, group, w, grad, state, offset, tail):
         raise NotImplementedError
 
     def _dense_step(self, group, params, grads):
@@ -90,54 +141,164 @@ class _PackedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_params(self, group, ready, grad_factor):
-        for index, p in ready:
-            if not isinstance(p, PackedWeight):
+        for index, parameter in ready:
+            p = packed_of(parameter)
+            if p is None:
                 continue
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the gradient of a packed table is sparse, which this optimizer does not take. "
-                    "torch.optim.SGD, SparseAdam and Adagrad do, and DiodeMix for 1-bit tables; or make the table with sparse=False"
-                )
-            state = self.state[p]
+            if p.transposed:
+                raise ValueError("step: the parameter is a transposed view of a PackedWeight")
+            state, grad, seed = self.state[parameter], parameter.grad, group["seed"]
+            if p is not parameter:  # the rows of this rank, whose random bits are counted from their own first one
+                grad = grad._local_tensor
+                seed = (seed + _SEED_STEP * parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)) % 2**63
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-            tail = {"maximize": group["maximize"], "grad_factor": grad_factor, "seed": group["seed"]}
+            tail = {"maximize": group["maximize"], "grad_factor": grad_factor, "seed": seed}
             state["step"] += 1
             if group["capturable"]:
                 tail["counter"] = state["step"].long()
                 offset = index << _STEPS
             else:
                 offset = index << _STEPS | int(state["step"])
-            self._packed_step(group, p, p.grad, state, offset, tail)
-        dense = [p for _, p in ready if not isinstance(p, PackedWeight)]
+            self._make_state(group, p, state)
+            if grad.layout == torch.strided:
+                self._step_rows(group, p, grad, state, offset, tail)
+                continue
+            grad = grad.coalesce()
+            rows, kept = grad.indices()[0], {k: t for k, t in state.items() if k != "step" and isinstance(t, torch.Tensor)}
+            named = _Rows(p, lambda part: part.index_select(0, rows))
+            some = {**state, **{k: t.index_select(0, rows) for k, t in kept.items()}}
+            self._step_rows(group, named, grad.values(), some, offset, tail)
+            written = [(p.codes, named.codes), *((t, some[k]) for k, t in kept.items())]
+            if group["scales"] != "fixed":
+                written += [(getattr(p, name), getattr(named, name)) for name in ("scales", "zeros", "offsets")]
+            for whole, part in written:
+                if whole is not None:
+                    whole.index_copy_(0, rows, part)
+        dense = [p for _, p in ready if packed_of(p) is None]
         if dense:
-            grads = [p.grad for p in dense]
-            if grad_factor is not None:
-                grads = [g * grad_factor.to(g.dtype) for g in grads]
-            self._dense_step(group, dense, grads)
+            self._step_dense(group, dense, grad_factor)
 
-    def update_in_backward(self):
+    def _make_state(self, group, p, state):
+        for name, kind in self._moment_kinds(group).items():
+            if name not in state:
+                state[name], absmax = _moment(kind, p)
+                if absmax is not None:
+                    state[f"{name}_absmax"] = absmax
+        if group["scales"] == "trained" and "affine" not in state:
+            state["affine"] = _ops.affine_state(*p.packed_args)
+
+    def _step_rows(self, group, w, grad, state, offset, tail):
+        """A step of all rows of w, codes and scales."""
+        if group["scales"] == "reestimated" and int(state["step"]) % group["reestimate_every"] == 0:
+            self._step_and_choose_grid(group, w, grad, state, offset, tail)
+            return
+        if group["scales"] == "trained":
+            # Before the codes move: the gradient belongs to the codes that made the output.
+            rate, corrections, numbers = self._numbers(group, state, w.codes.device, self._betas_of(group), group["scale_lr"])
+            _ops.affine_adamw_(
+                *w.packed_args, grad, state["affine"], rate, *self._betas_of(group), group.get("eps", 1e-8), *corrections,
+                maximize=tail["maximize"], grad_factor=tail["grad_factor"], numbers=numbers,
+            )  # fmt: skip
+        self._packed_step(group, w, grad, state, offset, tail)
+
+    def _betas_of(self, group):
+        return self._betas_of_scales
+
+    @staticmethod
+    def _numbers(group, state, device, betas, factor=1.0):
+        """(lr, bias corrections, numbers): numbers holds all three on the device of a captured graph, else is None."""
+        lr = group["lr"]
+        if not group["capturable"]:
+            return float(lr) * factor, tuple(1 - beta ** int(state["step"]) for beta in betas), None
+        step = state["step"].double()
+        # Filled on the device: a captured graph may not copy from the host.
+        rate = (lr.double() if isinstance(lr, torch.Tensor) else torch.full((), lr, dtype=torch.double, device=device)) * factor
+        return 0.0, (1.0, 1.0), torch.stack([rate, *(1 - beta**step for beta in betas)]).float()
+
+    def _step_and_choose_grid(self, group, w, grad, state, offset, tail):
+        kind = "zeros" if w.zeros is not None else "offsets" if w.offsets is not None else "fixed"
+        scheme, _ = default_scheme(w.format, kind == "fixed", group["scheme"], kind)
+        block = max(1, _BLOCK_ELEMS // max(1, w.in_features))
+        for begin in range(0, w.codes.shape[0], block):
+            part = slice(begin, begin + block)
+            rows = _Rows(w, lambda t: t[part])
+            some = {k: t[part] if isinstance(t, torch.Tensor) and k != "step" else t for k, t in state.items()}
+            codes, residual, scales, zeros = _ops.widen(*rows.packed_args)
+            wide = _Rows(rows, lambda t: t)
+            wide.codes, wide.scales, wide.zeros, wide.offsets, wide.format = codes, scales, zeros, None, "uint8"
+            # The bits of an element are counted from the first row of its block: each block has a seed of its own.
+            seeds = [(tail["seed"] + _SEED_STEP * (2 * begin + i)) % 2**63 for i in (0, 1)]
+            more = {**tail, "seed": seeds[0], "residual": residual, "residual_bits": 8}
+            self._packed_step(group, wide, grad[part], some, offset, more)
+            _ops.regrid_(*rows.packed_args, codes, residual, scheme, seeds[1], offset)
+
+    def _step_dense(self, group, params, grad_factor):
+        """Ordinary parameters: torch's own step, on the named rows alone where the gradient is sparse."""
+        ready, grads = [], []
+        for p in params:
+            grad = p.grad if p.grad.layout == torch.strided else p.grad.coalesce()
+            if grad_factor is not None:
+                grad = grad * grad_factor.to(grad.dtype)
+            if grad.layout == torch.strided:
+                ready.append(p)
+                grads.append(grad)
+                continue
+            self._make_dense_state(group, p, self.state[p])
+            rows, kept = grad.indices()[0], {k: t for k, t in self.state[p].items() if k != "step"}
+            named, some = p.index_select(0, rows), {k: t.index_select(0, rows) for k, t in kept.items()}
+            self._dense_step(group, [named], [grad.values()], [{**self.state[p], **some}])
+            for whole, part in ((p, named), *((t, some[k]) for k, t in kept.items())):
+                whole.index_copy_(0, rows, part)
+        if ready:
+            self._dense_step(group, ready, grads, [self.state[p] for p in ready])
+
+    def _make_dense_state(self, group, p, state):
+        """All state of an ordinary parameter whose gradient is sparse."""
+        raise NotImplementedError
+
+    def _dense_step(self, group, params, grads, states):
+        raise NotImplementedError
+
+    def update_in_backward(self, average_over=None):
         """From now on a parameter is updated, and its gradient freed, as soon as the backward pass has it.
 
         The dense gradient of a layer is gone before that of the next exists. step() then only runs a closure; learning rate
-        schedulers work as before. Accumulation over several backward passes and clipping by the norm of all gradients are not
-        possible in this mode. Returns a handle whose remove() ends it.
+        schedulers work as before. Every backward pass is a step: accumulation over several, clipping by the norm of all
+        gradients and GradScaler are not possible in this mode, and a graph that is retained cannot be gone through again. When
+        a backward pass ends with an exception, what it had reached has been stepped and the rest has not. A parameter that
+        reentrant checkpointing (torch.utils.checkpoint, use_reentrant=True) meets in two segments is stepped once in each.
+
+        Args:
+            average_over: a process group (torch.distributed.group.WORLD for all ranks): each gradient is averaged over its
+                ranks before it is used. This takes the place of DistributedDataParallel, which averages after such updates and
+                would leave every rank with weights of its own.
+        Returns a handle whose remove() ends it.
         """
         if self._in_backward is not None:
             raise RuntimeError("update_in_backward: this optimizer does so already")
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any(getattr(p, "_averaged_after_backward", False) for p in parameters):
+            raise RuntimeError(
+                "update_in_backward: DistributedDataParallel averages these gradients after the backward pass has used them; "
+                "give the process group as average_over and leave the wrapper out"
+            )
         hooks = []
         index = 0
         for at, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
-                    hooks.append(p.register_post_accumulate_grad_hook(self._hook(at, index)))
+                    hooks.append(p.register_post_accumulate_grad_hook(self._hook(at, index, average_over)))
                 index += 1
-        self._in_backward = _InBackward(self, hooks)
+        self._in_backward = _InBackward(self, hooks, parameters)
         return self._in_backward
 
-    def _hook(self, at, index):
+    def _hook(self, at, index, average_over):
         @torch.no_grad()
         def update(p):
+            if average_over is not None:
+                dist.all_reduce(p.grad, group=average_over)  # the sum: not every backend averages
+                p.grad.div_(dist.get_world_size(average_over))
             self._step_params(self.param_groups[at], [(index, p)], None)
             p.grad = None
 
@@ -162,15 +323,21 @@ class _PackedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.__dict__.setdefault("_in_backward", None)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict):
         """As torch.optim's. The moments of packed weights keep their types: torch would cast them to the parameter's."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():  # a state_dict of before there was such an option
+                group.setdefault(name, value)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [(group, p) for group in self.param_groups for p in group["params"]]
         for i, (group, p) in zip(saved, own):
-            if isinstance(p, PackedWeight) and i in state_dict["state"]:
+            if packed_of(p) is not None and i in state_dict["state"]:
                 for name, value in state_dict["state"][i].items():
                     if isinstance(value, torch.Tensor):
                         to = "cpu" if name == "step" and not group["capturable"] else p.device
@@ -180,28 +347,25 @@ class _PackedOptimizer(torch.optim.Optimizer):
 
 
 class _InBackward:
-    def __init__(self, optimizer, hooks):
-        self._optimizer, self._hooks = optimizer, hooks
+    def __init__(self, optimizer, hooks, parameters):
+        self._optimizer, self._hooks, self._parameters = optimizer, hooks, parameters
+        for p in parameters:
+            p._updated_in_backward = True  # for DistributedDataParallel to see
 
     def remove(self):
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for p in self._parameters:
+            p._updated_in_backward = False
+        self._hooks, self._parameters = [], []
         if self._optimizer is not None:
             self._optimizer._in_backward = None
         self._optimizer = None
 
 
-def _moments_of(state, names, kinds, weight):
-    """[m, m_absmax, v, v_absmax ...] of the state, made on first use."""
-    out = []
-    for name, kind in zip(names, kinds):
-        if name not in state:
-            state[name], absmax = _moment(kind, weight)
-            if absmax is not None:
-                state[f"{name}_absmax"] = absmax
-        out += [state[name], state.get(f"{name}_absmax")]
-    return out
+def _moments_of(state, *names):
+    """[m, m_absmax, v, v_absmax ...] as the ops take them."""
+    return [state.get(key) for name in names for key in (name, f"{name}_absmax")]
 
 
 class PackedAdamW(_PackedOptimizer):
@@ -215,7 +379,9 @@ class PackedAdamW(_PackedOptimizer):
         moments: how a packed weight's two moments are kept: "float32", "bfloat16", "8bit" (1.02 bytes a weight each) or "4bit"
             (0.52); one name, or a pair for first and second. Rounded stochastically; formula in packed_update.h.
         seed: of the random bits.
-        capturable: step counts live on the device, so that step() can be captured in a CUDA graph.
+        capturable: step counts live on the device, so that step() can be captured in a CUDA graph; lr may be a tensor there.
+        scales, scale_lr, reestimate_every, scheme: whether and how scales and zeros or offsets train, see above; 8 to 24 bytes
+            a group of state with "trained".
     """
 
     def __init__(
@@ -230,6 +396,10 @@ class PackedAdamW(_PackedOptimizer):
         maximize=False,
         seed=0,
         capturable=False,
+        scales="fixed",
+        scale_lr=1.0,
+        reestimate_every=20,
+        scheme=None,
     ):
         _check("lr", lr, 0)
         for i, beta in enumerate(betas):
@@ -240,36 +410,34 @@ class PackedAdamW(_PackedOptimizer):
         if len(kinds) != 2:
             raise ValueError(f"moments is {moments!r}, expected a name or two of them")
         _check_moments(kinds)
+        _check_scales(scales, scale_lr, reestimate_every, capturable)
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, moments=kinds, maximize=maximize)
-        super().__init__(params, {**defaults, "seed": seed, "capturable": capturable})
+        affine = dict(scales=scales, scale_lr=scale_lr, reestimate_every=reestimate_every, scheme=scheme)
+        super().__init__(params, {**defaults, **affine, "seed": seed, "capturable": capturable})
 
-    def _packed_step(self, group, p, grad, state, offset, tail):
+    def _moment_kinds(self, group):
         kinds = group["moments"]
-        kinds = (kinds, kinds) if isinstance(kinds, str) else kinds
-        moments = _moments_of(state, ("m", "v"), kinds, p)
-        beta1, beta2 = group["betas"]
-        lr, corrections = group["lr"], (1.0, 1.0)
-        if group["capturable"]:
-            step = state["step"].double()
-            tail["numbers"] = torch.stack(
-                [torch.as_tensor(lr, dtype=torch.double, device=p.device), 1 - beta1**step, 1 - beta2**step]
-            ).float()
-            lr = 0.0
-        else:
-            corrections = tuple(1 - beta ** int(state["step"]) for beta in (beta1, beta2))
+        return dict(zip(("m", "v"), (kinds, kinds) if isinstance(kinds, str) else kinds))
+
+    def _betas_of(self, group):
+        return group["betas"]
+
+    def _packed_step(self, group, w, grad, state, offset, tail):
+        lr, corrections, numbers = self._numbers(group, state, w.codes.device, group["betas"])
         _ops.packed_adamw_(
-            *p.packed_args, grad, *moments, float(lr), beta1, beta2, group["eps"], group["weight_decay"], *corrections,
-            offset=offset, **tail,
+            *w.packed_args, grad, *_moments_of(state, "m", "v"), lr, *group["betas"], group["eps"], group["weight_decay"],
+            *corrections, offset=offset, numbers=numbers, **tail,
         )  # fmt: skip
 
-    def _dense_step(self, group, params, grads):
-        for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        states = [self.state[p] for p in params]
+    def _make_dense_state(self, group, p, state):
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _dense_step(self, group, params, grads, states):
+        for p, state in zip(params, states):
+            self._make_dense_state(group, p, state)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -295,6 +463,9 @@ class PackedSGD(_PackedOptimizer):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD's.
         moments, seed: as PackedAdamW's; one moment, and none without momentum.
+        capturable: as PackedAdamW's, without dampening: that the first step has none is decided on the host. A tensor as lr
+            steps packed weights alone.
+        scales, scale_lr, reestimate_every, scheme: as PackedAdamW's.
     """
 
     def __init__(
@@ -309,27 +480,45 @@ class PackedSGD(_PackedOptimizer):
         moments="8bit",
         maximize=False,
         seed=0,
+        capturable=False,
+        scales="fixed",
+        scale_lr=1.0,
+        reestimate_every=20,
+        scheme=None,
     ):
         _check("lr", lr, 0)
         _check("momentum", momentum, 0)
         _check("weight_decay", weight_decay, 0)
         _check_moments((moments,))
+        _check_scales(scales, scale_lr, reestimate_every, capturable)
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("nesterov needs a momentum and no dampening")
+        if capturable and dampening != 0:
+            raise ValueError(f"dampening is {dampening} with capturable=True, expected 0")
         defaults = dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
-        super().__init__(params, {**defaults, "moments": moments, "maximize": maximize, "seed": seed, "capturable": False})
+        affine = dict(scales=scales, scale_lr=scale_lr, reestimate_every=reestimate_every, scheme=scheme)
+        super().__init__(
+            params, {**defaults, **affine, "moments": moments, "maximize": maximize, "seed": seed, "capturable": capturable}
+        )
 
-    def _packed_step(self, group, p, grad, state, offset, tail):
-        momentum = group["momentum"]
-        moments = _moments_of(state, ("m",), (group["moments"],), p) if momentum != 0 else [None, None]
-        dampening = 0.0 if int(state["step"]) == 1 else group["dampening"]  # the first average is the gradient
+    def _moment_kinds(self, group):
+        return {"m": group["moments"]} if group["momentum"] != 0 else {}
+
+    def _packed_step(self, group, w, grad, state, offset, tail):
+        # Of a first step the average is the gradient.
+        dampening = group["dampening"] if group["dampening"] == 0 or int(state["step"]) > 1 else 0.0
+        lr, _, numbers = self._numbers(group, state, w.codes.device, (0.0, 0.0))
         _ops.packed_sgd_(
-            *p.packed_args, grad, *moments, float(group["lr"]), momentum, dampening, group["nesterov"], group["weight_decay"],
-            offset=offset, **tail,
+            *w.packed_args, grad, *_moments_of(state, "m"), lr, group["momentum"], dampening, group["nesterov"],
+            group["weight_decay"], offset=offset, numbers=numbers, **tail,
         )  # fmt: skip
 
-    def _dense_step(self, group, params, grads):
-        buffers = [self.state[p].get("momentum_buffer") for p in params]
+    def _make_dense_state(self, group, p, state):
+        if group["momentum"] != 0 and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p)
+
+    def _dense_step(self, group, params, grads, states):
+        buffers = [state.get("momentum_buffer") for state in states]
         sgd(
             params,
             grads,
@@ -343,8 +532,8 @@ class PackedSGD(_PackedOptimizer):
             has_sparse_grad=False,
         )
         if group["momentum"] != 0:
-            for p, buffer in zip(params, buffers):
-                self.state[p]["momentum_buffer"] = buffer
+            for state, buffer in zip(states, buffers):
+                state["momentum_buffer"] = buffer
 
 
 class PackedLion(_PackedOptimizer):
@@ -358,7 +547,9 @@ class PackedLion(_PackedOptimizer):
     Args:
         params, lr, betas, weight_decay: as above.
         threshold: averages of at most this size do not step.
-        moments, maximize, seed: as PackedAdamW's.
+        moments: as PackedAdamW's; None: no moment, steps by the sign of the gradient itself (signSGD).
+        maximize, seed, capturable: as PackedAdamW's.
+        scales, scale_lr, reestimate_every, scheme: as PackedAdamW's.
     """
 
     def __init__(
@@ -372,29 +563,46 @@ class PackedLion(_PackedOptimizer):
         moments="8bit",
         maximize=False,
         seed=0,
+        capturable=False,
+        scales="fixed",
+        scale_lr=1.0,
+        reestimate_every=20,
+        scheme=None,
     ):
         _check("lr", lr, 0)
         for i, beta in enumerate(betas):
             _check(f"betas[{i}]", beta, 0, 1)
         _check("weight_decay", weight_decay, 0)
         _check("threshold", threshold, 0)
-        _check_moments((moments,))
+        if moments is not None:
+            _check_moments((moments,))
+        _check_scales(scales, scale_lr, reestimate_every, capturable)
         defaults = dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay, threshold=threshold, moments=moments)
-        super().__init__(params, {**defaults, "maximize": maximize, "seed": seed, "capturable": False})
+        affine = dict(scales=scales, scale_lr=scale_lr, reestimate_every=reestimate_every, scheme=scheme)
+        super().__init__(params, {**defaults, **affine, "maximize": maximize, "seed": seed, "capturable": capturable})
 
-    def _packed_step(self, group, p, grad, state, offset, tail):
-        moments = _moments_of(state, ("m",), (group["moments"],), p)
+    def _moment_kinds(self, group):
+        return {} if group["moments"] is None else {"m": group["moments"]}
+
+    def _packed_step(self, group, w, grad, state, offset, tail):
+        lr, _, numbers = self._numbers(group, state, w.codes.device, (0.0, 0.0))
         _ops.packed_sign_(
-            *p.packed_args, grad, *moments, float(group["lr"]), *group["betas"], group["threshold"], group["weight_decay"],
-            offset=offset, **tail,
+            *w.packed_args, grad, *_moments_of(state, "m"), lr, *group["betas"], group["threshold"], group["weight_decay"],
+            offset=offset, numbers=numbers, **tail,
         )  # fmt: skip
 
-    def _dense_step(self, group, params, grads):
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        for p, grad in zip(params, grads):
-            m = self.state[p].setdefault("m", torch.zeros_like(p))
+    def _make_dense_state(self, group, p, state):
+        if group["moments"] is not None and "m" not in state:
+            state["m"] = torch.zeros_like(p)
+
+    def _dense_step(self, group, params, grads, states):
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        for p, grad, state in zip(params, grads, states):
+            self._make_dense_state(group, p, state)
             grad = -grad if group["maximize"] else grad
-            c = m.lerp(grad, 1 - beta1)
-            m.lerp_(grad, 1 - beta2)
+            c = grad
+            if "m" in state:
+                c = state["m"].lerp(grad, 1 - beta1)
+                state["m"].lerp_(grad, 1 - beta2)
             p.mul_(1 - lr * group["weight_decay"])
-            p.add_(torch.where(c.abs() > group["threshold"], c.sign(), 0.0), alpha=-lr)
+            p.sub_(lr * torch.where(c.abs() > group["threshold"], c.sign(), 0.0))
