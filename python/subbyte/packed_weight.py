@@ -102,8 +102,9 @@ class PackedWeight(torch.Tensor):
     ):
         n = codes.shape[0]
         size, stride = ((in_features, n), (1, in_features)) if transposed else ((n, in_features), (in_features, 1))
+        # A storage of no bytes: what reads storages without asking (torch.jit.save) finds nothing instead of a null pointer.
         self = torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, dtype=dtype, device=codes.device, requires_grad=requires_grad
+            cls, size, strides=stride, dtype=dtype, device=codes.device, requires_grad=requires_grad, storage_size=0
         )
         self.codes, self.scales, self.zeros, self.offsets, self.perm = codes, scales, zeros, offsets, perm
         self.format, self.in_features, self.group_size = format, in_features, group_size
@@ -348,23 +349,33 @@ def _overrides(*functions):
     return register
 
 
+def _transformed():
+    """Whether torch.func (grad, vmap, jacrev) or forward-mode differentiation is at work.
+
+    They know PyTorch's ops, not the gradients of these; a product then runs through the dispatcher, op by op.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _handle(weight):
-    """The weight where a gradient is wanted; without, the op needs nothing but the parts."""
-    return weight if torch.is_grad_enabled() and weight.requires_grad else None
+    """The weight where a gradient is wanted; without, the op needs nothing but the parts. A trace may be trained later."""
+    return weight if weight.requires_grad and (torch.is_grad_enabled() or torch.jit.is_tracing()) else None
 
 
 @_overrides(F.linear)
 def _function_linear(input, weight, bias=None):
     if not isinstance(weight, PackedWeight) or isinstance(input, PackedWeight) or isinstance(bias, PackedWeight):
         return NotImplemented
-    if weight.transposed:
+    if weight.transposed or _transformed():
         return NotImplemented
     return _ops.linear(input, _handle(weight), *weight.packed_args, bias)
 
 
 @_overrides(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
 def _function_matmul(input, other):
-    if isinstance(input, PackedWeight) or not isinstance(other, PackedWeight) or not other.transposed:
+    if isinstance(input, PackedWeight) or not isinstance(other, PackedWeight) or not other.transposed or _transformed():
         return NotImplemented
     # `other` is the view w.t() of [N, K]; its own transpose carries the gradient back to w.
     return _ops.linear(input, _handle(other) if not other.requires_grad else _handle(other.t()), *other.packed_args, None)
@@ -372,7 +383,7 @@ def _function_matmul(input, other):
 
 @_overrides(F.embedding)
 def _function_embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
-    if not isinstance(weight, PackedWeight) or weight.transposed or scale_grad_by_freq:
+    if not isinstance(weight, PackedWeight) or weight.transposed or scale_grad_by_freq or _transformed():
         return NotImplemented
     if max_norm is not None:
         raise ValueError("embedding: max_norm rewrites rows of the table, which a packed table does not support")

@@ -546,7 +546,7 @@ def test_X8_a_weight_of_zero_is_plus_one_in_training_and_packed(device):
         assert torch.equal(layer.eval()(x), y)
 
 
-def test_B2_qweight_has_the_layout_of_the_constructor_whatever_forward_is_given(device):
+def test_B2_qweight_has_the_layout_of_the_constructor_until_forward_names_another(device):
     BMM = linear().cuda.BMM
     packed = {}
     for bmm_type in (BMM.BSTC32, BMM.BTC32, BMM.ADAPTIVE):
@@ -555,9 +555,99 @@ def test_B2_qweight_has_the_layout_of_the_constructor_whatever_forward_is_given(
         layer.prepare_params()
         x = torch.randn(3, 256, device=device)
         y = layer(x)
-        for given in (BMM.BSTC32, BMM.BTC32, BMM.ADAPTIVE):
-            assert torch.equal(layer.eval()(x, given), y)
-        assert layer.bmm_type is bmm_type
+        assert torch.equal(layer.eval()(x), y) and layer.bmm_type is bmm_type
         assert torch.equal(layer.qweight, layer.w_pack(layer.weight.float(), bmm_type))
         packed[bmm_type] = layer.qweight
+        for given in (BMM.BSTC32, BMM.BTC32, BMM.ADAPTIVE):
+            assert torch.equal(layer(x, given), y) and torch.equal(layer(x), y) and layer.bmm_type is given
+            assert torch.equal(layer.qweight, layer.w_pack(layer.weight.float(), given))
     assert torch.equal(packed[BMM.BTC32], packed[BMM.ADAPTIVE]) and not torch.equal(packed[BMM.BTC32], packed[BMM.BSTC32])
+
+
+def test_forward_reads_a_given_qweight_in_the_layout_it_is_told(device):
+    """What comes from w_pack or a checkpoint is in the layout that forward's bmm_type names."""
+    cuda = linear().cuda
+    layer = cuda.BinaryLinearCuda(256, 64, device=device)
+    layer.prepare_params()
+    x = torch.randn(8, 256, device=device)
+    y = layer(x)
+    layer.eval()
+    for bmm_type in (cuda.BMM.BTC32, cuda.BMM.BSTC32, cuda.BMM.ADAPTIVE):
+        layer.set_quantized_weight_data(cuda.BinaryLinearCuda.w_pack(layer.weight, bmm_type=bmm_type))
+        assert torch.equal(layer(x, bmm_type=bmm_type), y)
+        assert layer.bmm_type is bmm_type and torch.equal(layer(x), y)
+    saved = cuda.BinaryLinearCuda(256, 64, device=device)
+    layer(x, cuda.BMM.BSTC32)
+    layer.generate_quantized_weight(qweight_only=True)
+    saved.eval().load_state_dict(layer.state_dict())
+    assert torch.equal(saved(x, cuda.BMM.BSTC32), y)
+
+
+def test_forward_changes_the_layout_of_a_qweight_the_layer_has_packed(device):
+    cuda = linear().cuda
+    layer = cuda.BinaryLinearCuda(256, 64, device=device)
+    layer.prepare_params()
+    x = torch.randn(8, 256, device=device)
+    y = layer(x)
+    weight = layer.weight
+    layer.eval()
+    layer.generate_quantized_weight(qweight_only=True)
+    for bmm_type in (cuda.BMM.BSTC32, cuda.BMM.BTC32, cuda.BMM.BSTC32):
+        assert torch.equal(layer(x, bmm_type), y)
+        assert torch.equal(layer.qweight, cuda.BinaryLinearCuda.w_pack(weight, bmm_type))
+    assert torch.equal(copy.deepcopy(layer)(x, cuda.BMM.BTC32), y)
+    with pytest.raises(ValueError, match="k = 40"):
+        cuda.BinaryLinearCuda(40, 8)(torch.randn(8, 40), cuda.BMM.BTC32)
+
+
+@pytest.mark.parametrize("make", ["linear", "conv"])
+def test_integers_assigned_to_the_data_of_a_float_weight_make_it_the_integer_parameter(make, device):
+    from bitorch_engine.layers.qconv.binary import BinaryConvParameter
+    from bitorch_engine.layers.qconv.binary.cutlass import BinaryConv2dCutlass
+    from bitorch_engine.layers.qlinear.binary import BinaryLinearParameter
+    from bitorch_engine.optim import DiodeMix
+
+    if make == "linear":
+        first, second = (linear().cutlass.BinaryLinearCutlass(32, 8, device=device) for _ in range(2))
+        x = torch.randn(4, 32, device=device)
+    else:
+        first, second = (BinaryConv2dCutlass(8, 8, 3, device=device) for _ in range(2))
+        x = torch.randn(2, 8, 6, 6, device=device)
+    first.prepare_params()
+    weight = second.weight
+    optimizer = DiodeMix(second.parameters(), lr=1e-2)
+    second.weight.data = first.weight.data
+    assert second.weight is weight and weight.dtype == torch.int8 and weight.requires_grad and weight.grad is None
+    assert type(weight) is (BinaryLinearParameter if make == "linear" else BinaryConvParameter)
+    second.scale_w = first.scale_w
+    y, expected = second(x), first(x)
+    assert torch.equal(y, expected)
+    for output in (y, expected):
+        output.square().sum().backward()
+    assert torch.equal(weight.grad, first.weight.grad)
+    optimizer.step()
+    assert set(copy.deepcopy(weight).unique().tolist()) <= set(range(-127, 128)) and weight.dtype == torch.int8
+
+
+def test_float_weights_stay_float_parameters(device):
+    layer = linear().cuda.BinaryLinearCuda(32, 8, device=device)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).half().float()):
+        other.weight.data = torch.ones(8, 32, device=device)
+        assert isinstance(other.weight, torch.nn.Parameter) and other.weight.requires_grad and other.weight.is_leaf
+        other.weight.data = torch.full((8, 32), -3, dtype=torch.int8, device=device)
+        assert other.weight.dtype == torch.int8 and torch.equal(
+            other(torch.ones(1, 32, device=device)).sign(), -torch.ones(1, 8, device=device)
+        )
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+def test_packed_activations_of_the_cpp_layer(shape, device):
+    from bitorch_engine.functions.cuda import tensor_to_packed_uint8
+
+    layer = linear().cpp.BinaryLinearCPP(64, 12, device=device)
+    x = torch.randn(shape, device=device)
+    for mode in (True, False):
+        y = layer.train(mode)(tensor_to_packed_uint8(x))
+        assert y.dtype == torch.float32 and torch.equal(y, layer(x))
+    with pytest.raises(ValueError, match=r"\[\.\.\., 64 / 8\]"):
+        layer(torch.zeros(2, 64, dtype=torch.uint8, device=device))

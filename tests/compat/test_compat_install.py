@@ -1,5 +1,6 @@
 """subbyte.compat.install: import paths."""
 
+import importlib
 import subprocess
 import sys
 import types
@@ -19,6 +20,26 @@ def test_every_path_imports_and_has_its_names(path):
     scope = {}
     exec(f"import {path} as imported", scope)
     assert scope["imported"] is module
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("layers.qconv.binary.cpp.layer", "BinaryConv2dCPP"),
+        ("layers.qconv.binary.cutlass.layer", "BinaryConv2dCutlass"),
+        ("layers.qconv.nbit.cutlass.layer", "Q4Conv2dCutlass"),
+        ("layers.qlinear.layer", "QLinearInf"),
+        ("layers.qlinear.binary.cpp.layer", "BinaryLinearCPP"),
+        ("layers.qlinear.binary.cuda.layer", "BinaryLinearCuda"),
+        ("layers.qlinear.binary.cuda.bmm", "BMM"),
+        ("layers.qlinear.nbit.mps.mpq_layer", "MPQLinearMlx"),
+        ("utils.quant_operators", "gptq_stype_unpacking"),
+    ],
+)
+def test_the_files_of_the_layers_are_paths_too(path, name):
+    module = importlib.import_module(f"bitorch_engine.{path}")
+    package = importlib.import_module(f"bitorch_engine.{path.rpartition('.')[0]}")
+    assert getattr(package, name, getattr(module, name)) is getattr(module, name)
 
 
 def test_one_name_is_one_object_under_all_its_paths():
@@ -70,6 +91,9 @@ def test_names_of_the_package_itself():
 
     bitorch_engine.initialize()
     assert bitorch_engine.torch_int_gradients_support is True
+    from bitorch_engine.extensions import EXTENSION_PREFIX
+
+    assert EXTENSION_PREFIX == "bitorch_engine.extensions."
 
 
 def test_import_extension_warns_and_raises_when_used():

@@ -1,5 +1,7 @@
 """bitorch_engine.utils.model_helper and convert, the part that concerns shapes and plain tensors."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -31,6 +33,8 @@ def test_pad_embedding_dim_pads_with_minus_one_and_keeps_the_dtype():
     assert torch.equal(padded[:, :10], w) and (padded[:, 10:] == -1).all()
     assert helper().pad_embedding_dim(padded) is padded
     assert helper().pad_embedding_dim(torch.zeros(2, 3, 10)).shape == (2, 3, 16)
+    packed = torch.randint(0, 256, (2, 16, 4), dtype=torch.uint8)
+    assert helper().pad_embedding_dim(packed) is packed
 
 
 @pytest.mark.parametrize("m, k", [(128, 256), (1, 1), (130, 127)])
@@ -71,8 +75,31 @@ def test_collect_and_replace_layers():
     found = collect_layers(model)
     assert list(found) == ["0", "1.1"] and found["1.1"] is model[1][1]
     assert list(collect_layers(model, [torch.nn.ReLU])) == ["1.0"]
-    replace_layers(model, ["1.1"], torch.nn.Linear, lambda linear: torch.nn.Linear(3, linear.out_features + 1))
-    assert model[1][1].out_features == 5 and model[0].out_features == 3
+    replaced = replace_layers(
+        model, found, torch.nn.Bilinear, lambda linear: torch.nn.Bilinear(3, 3, linear.out_features + 1), parent_name=""
+    )
+    assert replaced == [model[0], model[1][1]] and [layer.out_features for layer in replaced] == [4, 5]
+    assert replace_layers(model, found, torch.nn.Bilinear, lambda layer: layer) == []
+    assert replace_layers(
+        model, names_to_replace=["x.1.0"], class_=torch.nn.Tanh, replace_fn=lambda _: torch.nn.Tanh(), parent_name="x"
+    )
+    assert isinstance(model[1][0], torch.nn.Tanh)
+    with pytest.raises(ValueError, match="made a ReLU of 1.0, expected a Linear"):
+        replace_layers(model, ["1.0"], torch.nn.Linear, lambda _: torch.nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "kind, path",
+    [("mpq_linear_cuda", "nbit.cuda"), ("q4_linear_cutlass", "nbit.cutlass"), ("binary_linear_cuda", "binary.cuda")],
+)
+def test_quantize_linear_gives_the_list_of_new_layers(kind, path):
+    convert = importlib.import_module("bitorch_engine.utils.convert")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)))
+    chosen = {"at." + name: layer for name, layer in convert.collect_layers(model).items()}
+    layers = getattr(convert, "quantize_linear_with_" + kind)(model, names_to_replace=chosen, parent_name="at")
+    assert layers == [model[0], model[1][0]]
+    (name,) = {type(layer).__name__ for layer in layers}
+    assert getattr(importlib.import_module("bitorch_engine.layers.qlinear." + path), name) is type(layers[0])
 
 
 def test_get_mpq_config():

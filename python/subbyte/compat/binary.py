@@ -7,7 +7,8 @@ import torch
 
 from .. import _library, nn
 from ..functional import pack
-from .integer_parameter import IntegerParameter, gradient_handle, wants_gradient
+from .cuda_functions import unpack_uint8_tensor
+from .integer_parameter import IntegerParameter, MasterParameter, gradient_handle, wants_gradient
 from .life_cycle import PackedLayer, init_weight
 from .operator_function import OperatorFunction
 from .optimizer import flip_signs, sign_state, signs_of
@@ -80,7 +81,7 @@ class _BinaryLayer(PackedLayer, LearnedScales, PackingState, torch.nn.Module):
 
     def _init_weight_state(self, shape, channels):
         self.bits_binary_word = 8
-        self.weight = torch.nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+        self.weight = self._master(torch.empty(shape, device=self.device, dtype=self.dtype))
         self._init_packing()
         self._shape = torch.Size(shape)
         self._sign_codes = (None, None)
@@ -91,6 +92,9 @@ class _BinaryLayer(PackedLayer, LearnedScales, PackingState, torch.nn.Module):
             self._make_scale_w(torch.ones((), device=self.device, dtype=self.dtype))
         self._init_scales()
         self.reset_parameters()
+
+    def _master(self, weight, requires_grad=True):
+        return MasterParameter(weight, requires_grad, self._parameter)
 
     def _make_scale_w(self, value):
         self.register_buffer("scale_w", value)
@@ -123,7 +127,7 @@ class _BinaryLayer(PackedLayer, LearnedScales, PackingState, torch.nn.Module):
             self._take(x.detach())
         else:
             trains = True if self.weight is None else self.weight.requires_grad
-            self.weight = torch.nn.Parameter(x.detach(), requires_grad=trains)
+            self.weight = self._master(x.detach(), trains)
 
     def set_quantized_weight_data(self, x):
         """Takes x as the packed weight."""
@@ -199,7 +203,7 @@ class _BinaryLayer(PackedLayer, LearnedScales, PackingState, torch.nn.Module):
         if given is not None and self.weight is not None and given.dtype != self.weight.dtype:
             integer = not given.is_floating_point()
             empty = torch.empty(self._shape, dtype=given.dtype, device=self.weight.device)
-            self.weight = self._parameter(empty) if integer else torch.nn.Parameter(empty)
+            self.weight = self._parameter(empty) if integer else self._master(empty)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -231,12 +235,24 @@ class BinaryLinearBase(_BinaryLayer):
 
 
 class BinaryLinearCPP(BinaryLinearBase):
-    """y = sign(x) . sign(W)^T on any device. qweight: uint8, flat; byte y n + x holds columns 8y .. 8y + 7 of row x."""
+    """y = sign(x) . sign(W)^T on any device. qweight: uint8, flat; byte y n + x holds columns 8y .. 8y + 7 of row x.
+
+    x may be packed: uint8 [..., k / 8] of get_binary_row or tensor_to_packed_uint8 gives float32.
+    """
 
     _layout = "cpp_col"
 
     def __init__(self, input_features, out_features, device=None, dtype=torch.float, symmetric=True):
         super().__init__(input_features, out_features, device, dtype, symmetric)
+
+    def forward(self, x):
+        if x.dtype == torch.uint8:
+            if self.input_features % 8 or x.dim() == 0 or 8 * x.shape[-1] != self.input_features:
+                raise ValueError(
+                    f"BinaryLinearCPP: x is uint8 {list(x.shape)}, expected [..., {self.input_features} / 8] bytes of 8 signs"
+                )
+            x = unpack_uint8_tensor(x, torch.ones((), device=x.device))
+        return super().forward(x)
 
 
 def _adaptive(n, k):
@@ -248,17 +264,40 @@ def _layout_for(bmm_type, n, k):
 
 
 class BinaryLinearCuda(BinaryLinearBase):
-    """Binary linear with learned scales, on any device. bmm_type says in which of two layouts qweight is stored."""
+    """Binary linear with learned scales, on any device. bmm_type says in which of two layouts qweight is stored.
+
+    A qweight from outside (set, assigned or loaded) is read in the layout of bmm_type; forward(x, bmm_type) changes that, and
+    brings what the layer has packed itself into the new layout.
+    """
 
     _scaled = True
     _scales = ("scale_a",)
 
     def __init__(self, *args, bmm_type=BMM.ADAPTIVE, **kwargs):
         self.bmm_type = bmm_type
+        self._own_packing = False
         super().__init__(*args, **kwargs)
+        self._check_layout(bmm_type)
+
+    def _check_layout(self, bmm_type):
         n, k = self._matrix()
         if _layout_for(bmm_type, n, k) == "btc" and (n % 8 or k % 128):
             raise ValueError(f"BinaryLinearCuda: bmm_type is {bmm_type} with n = {n}, k = {k}: expected n % 8 = k % 128 = 0")
+
+    def __setattr__(self, name, value):
+        if name == "qweight":
+            self._own_packing = False
+        super().__setattr__(name, value)
+
+    def generate_quantized_weight(self, qweight_only=False):
+        packs = self.weight is not None
+        super().generate_quantized_weight(qweight_only)
+        self._own_packing = self._own_packing or packs
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "qweight" in state_dict:
+            self._own_packing = False
 
     @property
     def device_id(self):
@@ -279,8 +318,18 @@ class BinaryLinearCuda(BinaryLinearBase):
         signs = pack((weights.detach() >= 0).to(torch.uint8), "sign")
         return _ops.relayout(signs, "sign", _layout_for(bmm_type, n, k), n, k, None)
 
+    def _change_layout(self, bmm_type):
+        self._check_layout(bmm_type)
+        n, k = self._matrix()
+        old, new = _layout_for(self.bmm_type, n, k), _layout_for(bmm_type, n, k)
+        if self._own_packing and self.qweight is not None and old != new:
+            self._buffers["qweight"] = _ops.relayout(self.qweight, old, new, n, k, None)
+        self.bmm_type, self._stored_codes = bmm_type, (None, None)
+
     def forward(self, x, bmm_type=None):
-        """bmm_type has no effect: the layout is that of the constructor."""
+        """bmm_type: None keeps the layer's; another becomes it. It names the layout of qweight, and nothing else."""
+        if bmm_type is not None and bmm_type is not self.bmm_type:
+            self._change_layout(bmm_type)
         return super().forward(x)
 
 
@@ -458,7 +507,7 @@ class BMHA(nn.BinaryAttention):
 class QLinearInf(torch.nn.Module):
     """A quantized linear layer for inference: BinaryLinear for one bit, Q4LinearCutlass for 4, Q8LinearCutlass for 8."""
 
-    def __init__(self, input_features, output_features, device=None, a_bit=1, w_bit=1, bias=False):
+    def __init__(self, input_features, out_features, device=None, a_bit=1, w_bit=1, bias=False):
         super().__init__()
         assert not bias, "QLinearInf: bias is True, expected False: these layers have no output bias"
         from .nbit import Q4LinearCutlass, Q8LinearCutlass
@@ -466,7 +515,8 @@ class QLinearInf(torch.nn.Module):
         kinds = {1: BinaryLinear, 4: Q4LinearCutlass, 8: Q8LinearCutlass}
         if a_bit != w_bit or w_bit not in kinds:
             raise ValueError(f"QLinearInf: a_bit is {a_bit} and w_bit {w_bit}, expected both 1, 4 or 8")
-        self.layer = kinds[w_bit](input_features, output_features, device=device)
+        self.input_features, self.output_features = input_features, out_features
+        self.layer = kinds[w_bit](input_features, out_features, device=device)
 
     def prepare_params(self):
         self.layer.prepare_params()

@@ -2,6 +2,7 @@
 
 import warnings
 
+EXTENSION_PREFIX = "bitorch_engine.extensions."
 torch_int_gradients_support = True  # integer parameters receive gradients here, on any PyTorch
 
 

@@ -116,6 +116,46 @@ class IntegerParameter(torch.nn.Parameter):
         raise NotImplementedError(f"update: no rule for {type(qweight).__name__}")
 
 
+class MasterParameter(torch.nn.Parameter):
+    """The float weight that a layer starts with. Integers assigned to .data make it the integer parameter of its layer, in
+    place: bitorch_engine's users write `layer.weight.data = other.weight.data` without preparing `layer` first.
+    """
+
+    _touches = 0
+
+    def __new__(cls, data, requires_grad=True, integer_class=None):
+        self = super().__new__(cls, data, requires_grad)
+        self._integer_class = integer_class
+        return self
+
+    @property
+    def data(self):
+        self._touches += 1  # see IntegerParameter.data
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value):
+        if value.is_floating_point():
+            self._touches += 1
+            torch.Tensor.data.__set__(self, value)
+            return
+        wants = self.requires_grad
+        self.requires_grad_(False)
+        self.grad = None
+        torch.Tensor.data.__set__(self, value)
+        self.__class__ = self._integer_class
+        self._wants_grad, self._held_grad = wants, None
+        self.__init__(None, wants)
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            memo[id(self)] = MasterParameter(self.detach().clone(), self.requires_grad, self._integer_class)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol):
+        return MasterParameter, (self.detach(), self.requires_grad, self._integer_class)
+
+
 def _rebuild(cls, data, requires_grad, state):
     return cls(data, requires_grad, **state)
 

@@ -37,17 +37,26 @@ def collect_layers(module, layer_types=None, parent_name=""):
     return found
 
 
-def replace_layers(module, names, class_, replace_fn, parent_name=""):
-    """Puts replace_fn(child) in place of every child of type class_ whose dotted name is in names, children of nn.Sequential
-    included. Returns the module.
+def replace_layers(module, names_to_replace, class_, replace_fn, parent_name=""):
+    """Puts replace_fn(layer), which is of type class_, in place of every submodule whose dotted name is in names_to_replace,
+    children of nn.Sequential included. What is of type class_ already is left alone. Returns the list of the new layers.
     """
+    replaced = []
+    if isinstance(module, class_):
+        return replaced
     for name, child in list(module.named_children()):
         path = f"{parent_name}.{name}" if parent_name else name
-        if isinstance(child, class_) and path in names:
-            module._modules[name] = replace_fn(child).train(child.training)
+        if path in names_to_replace and not isinstance(child, class_):
+            layer = replace_fn(child)
+            if not isinstance(layer, class_):
+                raise ValueError(
+                    f"replace_layers: replace_fn made a {type(layer).__name__} of {path}, expected a {class_.__name__} (class_)"
+                )
+            module._modules[name] = layer.train(child.training)
+            replaced.append(layer)
         else:
-            replace_layers(child, names, class_, replace_fn, path)
-    return module
+            replaced += replace_layers(child, names_to_replace, class_, replace_fn, path)
+    return replaced
 
 
 def _warn_of_bias(linear, kind):
@@ -55,18 +64,26 @@ def _warn_of_bias(linear, kind):
         warnings.warn(f"{kind} has no output bias: the bias of {linear} is dropped", stacklevel=4)
 
 
-def quantize_linear_with_mpq_linear_cuda(module, names, mpq_strategy=None, dtype=torch.bfloat16, parent_name=""):
-    """Replaces the named nn.Linear by MPQLinearCuda of the strategy, quantized from their weights, with their bias."""
+def quantize_linear_with_mpq_linear_cuda(
+    module, names_to_replace, mpq_strategy=None, dtype=torch.bfloat16, parent_name="", requires_grad=True
+):
+    """Replaces the named nn.Linear by MPQLinearCuda of the strategy, quantized from their weights, with their bias.
+
+    Returns the list of the new layers.
+    """
     from .mpq import MPQLinearCuda
 
-    config = get_mpq_config(mpq_strategy)
+    config = {**get_mpq_config(mpq_strategy), "dtype": dtype, "requires_grad": requires_grad}
     return replace_layers(
-        module, names, torch.nn.Linear, lambda linear: MPQLinearCuda.from_linear(linear, dtype=dtype, **config), parent_name
+        module, names_to_replace, MPQLinearCuda, lambda linear: MPQLinearCuda.from_linear(linear, **config), parent_name
     )
 
 
-def quantize_linear_with_q4_linear_cutlass(module, names, dtype=torch.float, parent_name=""):
-    """Replaces the named nn.Linear by Q4LinearCutlass with their weights; a bias is dropped, with a warning."""
+def quantize_linear_with_q4_linear_cutlass(module, names_to_replace, parent_name="", dtype=torch.float):
+    """Replaces the named nn.Linear by Q4LinearCutlass with their weights; a bias is dropped, with a warning.
+
+    Returns the list of the new layers.
+    """
     from .nbit import Q4LinearCutlass
 
     def replacement(linear):
@@ -77,11 +94,14 @@ def quantize_linear_with_q4_linear_cutlass(module, names, dtype=torch.float, par
         layer.set_weight_data(linear.weight.detach().clone())
         return layer
 
-    return replace_layers(module, names, torch.nn.Linear, replacement, parent_name)
+    return replace_layers(module, names_to_replace, Q4LinearCutlass, replacement, parent_name)
 
 
-def quantize_linear_with_binary_linear_cuda(module, names, dtype=torch.float, parent_name=""):
-    """Replaces the named nn.Linear by BinaryLinearCuda with their weights; a bias is dropped, with a warning."""
+def quantize_linear_with_binary_linear_cuda(module, names_to_replace, parent_name="", dtype=torch.float):
+    """Replaces the named nn.Linear by BinaryLinearCuda with their weights; a bias is dropped, with a warning.
+
+    Returns the list of the new layers.
+    """
     from .binary import BinaryLinearCuda
 
     def replacement(linear):
@@ -90,4 +110,4 @@ def quantize_linear_with_binary_linear_cuda(module, names, dtype=torch.float, pa
         layer.set_weight_data(linear.weight.detach().clone())
         return layer
 
-    return replace_layers(module, names, torch.nn.Linear, replacement, parent_name)
+    return replace_layers(module, names_to_replace, BinaryLinearCuda, replacement, parent_name)

@@ -24,9 +24,14 @@ def unflatten_x(x, shape):
 
 
 def pad_embedding_dim(weight):
-    """A matrix [V, D] padded with -1 to a multiple of 8 columns, in its own dtype. More leading axes are left alone."""
+    """A matrix [V, D] padded with -1 to a multiple of 8 columns, in its own dtype. More leading axes are left alone.
+
+    uint8 holds bits that are packed already, and is returned as it is.
+    """
     if weight.dim() < 2:
         raise ValueError(f"pad_embedding_dim: weight is {list(weight.shape)}, expected [V, D]")
+    if weight.dtype == torch.uint8:
+        return weight
     pad = -weight.shape[-1] % 8
     return F.pad(weight, (0, pad), value=-1) if pad else weight
 
@@ -37,14 +42,17 @@ def pad_last_2_dims_to_multiple_of_128(tensor):
     return (F.pad(tensor, (0, columns, 0, rows)) if rows or columns else tensor), rows
 
 
-def binary_matmul_forward_post_processing(tensor, shape_pre, x_pad, y_pad, k):
-    """Popcounts of a padded product to values: the last x_pad rows and y_pad columns cut, leading sizes shape_pre, k - 2t.
+def binary_matmul_forward_post_processing(tensor, shape_pre, x_pad_sec_last, y_pad_sec_last, k):
+    """Popcounts of a padded product to values: the padding cut off rows and columns, leading sizes shape_pre, k - 2t.
 
     k is the number of features before padding.
     """
-    m, n = tensor.shape[-2] - x_pad, tensor.shape[-1] - y_pad
+    m, n = tensor.shape[-2] - x_pad_sec_last, tensor.shape[-1] - y_pad_sec_last
     if m < 0 or n < 0:
-        raise ValueError(f"binary_matmul_forward_post_processing: cannot cut {x_pad} rows, {y_pad} columns off {tensor.shape}")
+        raise ValueError(
+            f"binary_matmul_forward_post_processing: cannot cut {x_pad_sec_last} rows, {y_pad_sec_last} columns off "
+            f"{list(tensor.shape)}"
+        )
     return k - 2 * tensor[..., :m, :n].reshape(*shape_pre, m, n)
 
 
@@ -65,7 +73,7 @@ def prepare_bie_layers(model, layers=None):
     layers: classes to use instead of the default list.
     """
     for module in list(model.modules()):
-        if isinstance(module, tuple(layers) if layers is not None else PreparedLayer):
+        if isinstance(module, tuple(layers) if layers else PreparedLayer):
             module.prepare_params()
 
 
@@ -75,7 +83,7 @@ def pack_bie_layers(model, qweight_only=True, layers=None):
     qweight_only drops the master weights of the model that is given: it cannot train on. save_checkpoint works on a copy.
     """
     for module in list(model.modules()):
-        if isinstance(module, tuple(layers) if layers is not None else PackedLayer):
+        if isinstance(module, tuple(layers) if layers else PackedLayer):
             module.generate_quantized_weight(qweight_only=qweight_only)
 
 

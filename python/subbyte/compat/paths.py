@@ -31,15 +31,19 @@ _PREPARE = _same(
     "load_checkpoint",
     "init_weight",
 ) | _same(".mpq", "update_zeros", "qweight_update_fn")
-_OPERATORS = _same(
-    ".quant_operators",
-    "nv_tensor_quant",
-    "q8_quantization",
-    "q4_quantization",
-    "bit_set",
-    "get_binary_row",
-    "get_binary_col",
-) | _same(".mpq", "gptq_style_unpacking", "gptq_style_zeros_packing")
+_OPERATORS = {
+    **_same(
+        ".quant_operators",
+        "nv_tensor_quant",
+        "q8_quantization",
+        "q4_quantization",
+        "bit_set",
+        "get_binary_row",
+        "get_binary_col",
+    ),
+    **_same(".mpq", "gptq_style_unpacking", "gptq_style_zeros_packing"),
+    "gptq_stype_unpacking": ".mpq:gptq_style_unpacking",  # its name until 0.2.5
+}
 _REPLACE = _same(
     ".layer_replacement",
     "quantize_linear_with_mpq_linear_cuda",
@@ -64,6 +68,7 @@ _MPQ_PACKING = _same(".mpq", "unpack_qweight", "pack_fp_weight", "make_group_map
 
 BITORCH_ENGINE_PATHS = {
     "bitorch_engine": _same(".extensions", "initialize", "torch_int_gradients_support"),
+    "bitorch_engine.extensions": _same(".extensions", "EXTENSION_PREFIX"),
     "bitorch_engine.functions": {},
     "bitorch_engine.functions.cuda": _PACKING,
     "bitorch_engine.functions.cuda.functions": _PACKING,
@@ -78,15 +83,22 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.layers.qconv": {},
     "bitorch_engine.layers.qconv.binary": _BINARY_CONV,
     "bitorch_engine.layers.qconv.binary.cpp": _same(".binary", "BinaryConv2dCPP"),
+    "bitorch_engine.layers.qconv.binary.cpp.layer": _same(".binary", "BinaryConv2dCPP"),
     "bitorch_engine.layers.qconv.binary.cutlass": _same(".binary", "BinaryConv2dCutlass"),
+    "bitorch_engine.layers.qconv.binary.cutlass.layer": _same(".binary", "BinaryConv2dCutlass"),
     "bitorch_engine.layers.qconv.binary.layer": _BINARY_CONV,
     "bitorch_engine.layers.qconv.nbit": _NBIT_CONV,
     "bitorch_engine.layers.qconv.nbit.cutlass": _same(".nbit", "Q4Conv2dCutlass"),
+    "bitorch_engine.layers.qconv.nbit.cutlass.layer": _same(".nbit", "Q4Conv2dCutlass"),
     "bitorch_engine.layers.qconv.nbit.layer": _NBIT_CONV,
     "bitorch_engine.layers.qlinear": _same(".binary", "QLinearInf"),
+    "bitorch_engine.layers.qlinear.layer": _same(".binary", "QLinearInf"),
     "bitorch_engine.layers.qlinear.binary": _BINARY_LINEAR,
     "bitorch_engine.layers.qlinear.binary.cpp": _same(".binary", "BinaryLinearCPP"),
+    "bitorch_engine.layers.qlinear.binary.cpp.layer": _same(".binary", "BinaryLinearCPP"),
     "bitorch_engine.layers.qlinear.binary.cuda": _same(".binary", "BinaryLinearCuda", "BMM"),
+    "bitorch_engine.layers.qlinear.binary.cuda.bmm": _same(".binary", "BMM"),
+    "bitorch_engine.layers.qlinear.binary.cuda.layer": _same(".binary", "BinaryLinearCuda", "BMM"),
     "bitorch_engine.layers.qlinear.binary.cutlass": _same(".binary", "BinaryLinearCutlass", "BinaryMatMul"),
     "bitorch_engine.layers.qlinear.binary.cutlass.layer": _same(
         ".binary", "BinaryLinearCutlass", "BinaryMatMul", "BinaryMatMulFunction"
@@ -105,6 +117,7 @@ BITORCH_ENGINE_PATHS = {
     "bitorch_engine.layers.qlinear.nbit.cutlass.q8_layer": _same(".nbit", "Q8LinearCutlass", "Q8LinearFunction"),
     "bitorch_engine.layers.qlinear.nbit.layer": _NBIT_LINEAR,
     "bitorch_engine.layers.qlinear.nbit.mps": _same(".mpq", "MPQLinearMlx"),
+    "bitorch_engine.layers.qlinear.nbit.mps.mpq_layer": _same(".mpq", "MPQLinearMlx"),
     "bitorch_engine.layers.qmha": {},
     "bitorch_engine.layers.qmha.binary": _same(".binary", "BMHA"),
     "bitorch_engine.layers.qmha.binary.layer": _same(".binary", "BMHA", "LearnableBias"),
