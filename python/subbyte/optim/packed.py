@@ -102,6 +102,8 @@ class _PackedOptimizer(torch.optim.Optimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
             tail = {"maximize": group["maximize"], "grad_factor": grad_factor, "seed": group["seed"]}
+            if p.residual is not None:
+                tail.update(residual=p.residual, residual_bits=p.residual_bits)
             state["step"] += 1
             if group["capturable"]:
                 tail["counter"] = state["step"].long()
