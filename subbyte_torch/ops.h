@@ -4,6 +4,7 @@
 #include "subbyte_torch/ops/affine_update.h"  // IWYU pragma: export
 #include "subbyte_torch/ops/binary.h"         // IWYU pragma: export
 #include "subbyte_torch/ops/embedding.h"      // IWYU pragma: export
+#include "subbyte_torch/ops/fine_grid.h"      // IWYU pragma: export
 #include "subbyte_torch/ops/mpq.h"            // IWYU pragma: export
 #include "subbyte_torch/ops/packed.h"         // IWYU pragma: export
 #include "subbyte_torch/ops/packed_update.h"  // IWYU pragma: export

@@ -7,6 +7,7 @@
 #include "subbyte/formats/format.h"
 #include "subbyte_torch/convert.h"
 #include "subbyte_torch/ops/embedding.h"
+#include "subbyte_torch/ops/fine_grid.h"
 
 namespace subbyte {
 namespace {
@@ -25,6 +26,14 @@ QuantizeOptions QuantizeOptions::resolved(int64_t in_features) const {
   TORCH_CHECK_VALUE(group_size >= 0, "quantize: group_size is ", group_size, ", expected at least 0");
   if (out.group_size == 0) out.group_size = std::max<int64_t>(1, in_features);
   const bool few_levels = out.format == "sign" || out.format == "ternary";
+  if (out.scheme.empty() && residual_bits > 0 && !sym) out.scheme = "midrise";
+  if (out.scheme == "midrise" || out.scheme == "fan_in") {
+    TORCH_CHECK_VALUE(!sym || few_levels, "quantize: scheme '", out.scheme, "' puts the zero of ", out.format,
+                      " in the middle of its levels, and sym is true, which means the format's fixed zero");
+    out.sym = few_levels;
+    out.zero_kind = few_levels ? "fixed" : "zeros";
+    return out;
+  }
   out.sym = sym || few_levels;
   if (out.scheme.empty()) out.scheme = !out.sym ? "minmax" : few_levels ? "absmean" : "absmax";
   if (out.sym) out.zero_kind = "fixed";
@@ -47,6 +56,27 @@ PackedWeight PackedWeight::quantize(const torch::Tensor& w, const QuantizeOption
   out.format = o.format;
   out.in_features = w.size(1);
   out.group_size = o.group_size;
+  if (o.residual_bits != 0) {
+    const std::string plane =
+        translated([&] { return std::string(format_name(format_from_bits(std::clamp(o.residual_bits, 1, 8)))); });
+    out.residual_bits = o.residual_bits;
+    out.residual = ops::pack(torch::zeros({w.size(0), w.size(1)}, out.codes.options()), plane);
+    out.encode_(w.detach(), stochastic, seed, offset);
+  }
+  return out;
+}
+
+torch::Tensor PackedWeight::dequantize_fine(std::optional<torch::ScalarType> dtype) const {
+  if (!residual.defined()) return dequantize(dtype);
+  return ops::dequantize_fine(codes, scales, optional(zeros), optional(offsets), optional(perm), format, in_features,
+                              group_size, residual, residual_bits, dtype);
+}
+
+PackedWeight PackedWeight::drop_residual() const {
+  PackedWeight out = *this;
+  out.residual = torch::Tensor();
+  out.residual_bits = 0;
+  out.handle_ = torch::Tensor();
   return out;
 }
 
@@ -57,13 +87,18 @@ torch::Tensor PackedWeight::dequantize(std::optional<torch::ScalarType> dtype) c
 
 void PackedWeight::encode_(const torch::Tensor& w, bool stochastic, int64_t seed, int64_t offset) {
   const torch::NoGradGuard no_grad;
+  if (residual.defined()) {
+    ops::encode_fine_(codes, scales, optional(zeros), optional(offsets), optional(perm), format, in_features, group_size,
+                      residual, residual_bits, w, stochastic ? "stochastic" : "nearest", seed, offset);
+    return;
+  }
   ops::encode_(codes, w, scales, optional(zeros), optional(offsets), optional(perm), format, group_size,
                stochastic ? "stochastic" : "nearest", seed, offset);
 }
 
 void PackedWeight::apply_update_(const torch::Tensor& delta, int64_t seed, int64_t offset) {
   const torch::NoGradGuard no_grad;
-  encode_(dequantize(torch::kFloat).add_(delta), /*stochastic=*/true, seed, offset);
+  encode_(dequantize_fine(torch::kFloat).add_(delta), /*stochastic=*/true, seed, offset);
 }
 
 PackedWeight PackedWeight::to(torch::Device device) const {
@@ -74,6 +109,7 @@ PackedWeight PackedWeight::to(torch::Device device) const {
   out.zeros = moved(zeros);
   out.offsets = moved(offsets);
   out.perm = moved(perm);
+  out.residual = moved(residual);
   out.handle_ = torch::Tensor();
   return out;
 }
@@ -86,13 +122,14 @@ PackedWeight PackedWeight::clone() const {
   out.zeros = copied(zeros);
   out.offsets = copied(offsets);
   out.perm = copied(perm);
+  out.residual = copied(residual);
   out.handle_ = torch::Tensor();
   return out;
 }
 
 int64_t PackedWeight::bytes() const {
   int64_t sum = 0;
-  for (const torch::Tensor* t : {&codes, &scales, &zeros, &offsets, &perm})
+  for (const torch::Tensor* t : {&codes, &scales, &zeros, &offsets, &perm, &residual})
     if (t->defined()) sum += int64_t(t->nbytes());
   return sum;
 }

@@ -18,12 +18,15 @@ struct QuantizeOptions {
   int64_t group_size = 64;
   // Symmetric: no zeros or offsets, the format's fixed zero. sign and ternary are always symmetric.
   bool sym = false;
-  // "" chooses: minmax when asymmetric; absmean for symmetric sign and ternary, absmax for other symmetric formats.
+  // "" chooses: midrise with a residual (unless sym); else minmax when asymmetric, absmean for symmetric sign and ternary,
+  // absmax for other symmetric formats. midrise and fan_in lay the levels evenly around 0 (subbyte/ops/quantize/quantize.h).
   std::string scheme;
   // "offsets" or "zeros", when asymmetric.
   std::string zero_kind = "offsets";
   std::optional<torch::ScalarType> scale_dtype;
   torch::Tensor perm;  // int32 [K]; undefined: none
+  // More bits a weight for training, below those of the codes; with these at most 8.
+  int residual_bits = 0;
 
   // The options with every default replaced by what it means for K columns. Throws c10::ValueError.
   QuantizeOptions resolved(int64_t in_features) const;
@@ -37,12 +40,22 @@ struct PackedWeight {
   std::string format;
   int64_t in_features = 0;
   int64_t group_size = 0;
+  // Bits below those of the codes that training keeps, a code stream of residual_bits: uint8 [N, bytes], or undefined and 0.
+  // Products read the codes alone, the deployed weight; what writes reads and writes both: the code q = code * 2^r + residual
+  // with scale / 2^r and zero * 2^r + (2^r - 1) / 2.
+  torch::Tensor residual;
+  int residual_bits = 0;
 
   static PackedWeight quantize(const torch::Tensor& w, const QuantizeOptions& options = {}, bool stochastic = false,
                                int64_t seed = 0, int64_t offset = 0);
 
   int64_t out_features() const { return codes.size(0); }
+  // Of the codes alone, as products use them.
   torch::Tensor dequantize(std::optional<torch::ScalarType> dtype = std::nullopt) const;
+  // Of codes and residual together; dequantize() without a residual.
+  torch::Tensor dequantize_fine(std::optional<torch::ScalarType> dtype = std::nullopt) const;
+  // The weight as it is deployed: the same tensors without the residual; the handle of the result is fresh.
+  PackedWeight drop_residual() const;
   // Requantizes dense values on the scales it has. seed and offset choose the random bits of stochastic rounding.
   void encode_(const torch::Tensor& w, bool stochastic = false, int64_t seed = 0, int64_t offset = 0);
   // W <- W + delta, rounded stochastically: unbiased, so that steps below one level are not lost. `delta` is dense [N, K].

@@ -14,7 +14,7 @@ __version__ = info()["version"]
 
 from . import distributed, functional, mpq, nn, optim  # noqa: E402
 from .checkpoint import FormatError, TensorFile, load, load_weights_, replacing, save  # noqa: E402
-from .conversion import LayerReport, QuantizeReport, quantize_  # noqa: E402
+from .conversion import LayerReport, QuantizeReport, drop_residuals_, quantize_  # noqa: E402
 from .device_checks import raise_device_errors, set_device_checks  # noqa: E402
 from .doctor import doctor  # noqa: E402
 from .gguf import load_gguf  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "TensorFile",
     "distributed",
     "doctor",
+    "drop_residuals_",
     "functional",
     "info",
     "llama_tensors",

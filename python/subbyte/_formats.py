@@ -44,12 +44,41 @@ def resolve_group_size(group_size, in_features):
     return max(1, in_features) if group_size == -1 else group_size
 
 
-def default_scheme(format, sym, scheme, zero_kind):
+def _segments(format):
+    return [segment.split("*")[0] for segment in format.split("+")]
+
+
+def check_residual_bits(where, residual_bits, format):
+    widest = max(format_bits(name) for name in _segments(format))
+    if isinstance(residual_bits, bool) or not isinstance(residual_bits, int) or not 0 <= residual_bits <= 8 - widest:
+        raise ValueError(
+            f"{where}: residual_bits is {residual_bits!r}, expected 0 (none) to {8 - widest} beside {format}, whose codes have "
+            f"{widest} bits"
+        )
+    return residual_bits
+
+
+def training_residual_bits(format):
+    """The residual that training wants: up to 8 bits together below 4, none from 4 bits on."""
+    widest = max(format_bits(name) for name in _segments(format))
+    return 8 - widest if widest < 4 else 0
+
+
+def default_scheme(format, sym, scheme, zero_kind, residual_bits=0):
     """(scheme, zero_kind) as the op wants them."""
     if sym not in (None, True, False) or isinstance(sym, int) and not isinstance(sym, bool):
         raise ValueError(f"sym is {sym!r}, expected True, False or None")
-    names = [segment.split("*")[0] for segment in format.split("+")]
-    only_symmetric = all(name in _SYMMETRIC for name in names)
+    only_symmetric = all(name in _SYMMETRIC for name in _segments(format))
+    if scheme is None and sym is None and zero_kind is None and residual_bits:
+        scheme = "midrise"
+    if scheme in ("midrise", "fan_in"):
+        kind = "fixed" if only_symmetric else "zeros"
+        if zero_kind not in (None, kind) or (sym is not None and sym != only_symmetric):
+            raise ValueError(
+                f"scheme '{scheme}' puts the zero of {format} in the middle of its levels: leave sym and zero_kind out "
+                f"(sym={sym!r}, zero_kind={zero_kind!r})"
+            )
+        return scheme, kind
     if sym is None:
         sym = only_symmetric if scheme is None else scheme != "minmax"
     if sym and zero_kind not in (None, "fixed"):

@@ -1,8 +1,10 @@
 """Native checkpoints: safetensors files whose metadata key "subbyte" describes the packed weights in it.
 
 Schema version 1, read and written alike by the C++ library (subbyte/io/checkpoint.h): a packed weight NAME is stored as the
-tensors NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, and described in the JSON text of the key as
+tensors NAME.codes, NAME.scales, NAME.zeros or NAME.offsets, NAME.perm, NAME.residual, and described in the JSON text of the
+key as
     {"version": 1, "weights": {NAME: {"format": ..., "in_features": ..., "group_size": ...}}, "tied": {OTHER_NAME: NAME}}
+with "residual_bits" where there is a residual; who only runs the model need not read that plane.
 "tied" lists names that are the same tensor as another one, which is stored once.
 """
 
@@ -16,6 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .nn.packed import _described
 from .packed_weight import PART_NAMES, PackedWeight
 
 VERSION = 1
@@ -109,7 +112,7 @@ def save(model_or_tensors, path, metadata=None):
                 raise ValueError(f"save: '{name}' is a transposed view of a packed weight")
             for part_name, part in tensor.parts.items():
                 put(f"{name}.{part_name}", part)
-            weights[name] = {"format": tensor.format, "in_features": tensor.in_features, "group_size": tensor.group_size}
+            weights[name] = _described(tensor)
         else:
             put(name, tensor)
     # Views of one storage become tensors of their own: a file has no views.
@@ -184,7 +187,8 @@ def _unpack_described(file, text, tensors):
         if version != VERSION:
             raise FormatError(f"{where}: version is {version}, this reader knows version {VERSION}")
         for name, told in weights.items():
-            parts = {p: tensors.pop(f"{name}.{p}") for p in PART_NAMES if f"{name}.{p}" in tensors}
+            names = [p for p in PART_NAMES if p != "residual" or told.get("residual_bits", 0) != 0]
+            parts = {p: tensors.pop(f"{name}.{p}") for p in names if f"{name}.{p}" in tensors}
             for needed in ("codes", "scales"):
                 if needed not in parts:
                     raise FormatError(f"{where}: weight '{name}': the file has no tensor '{name}.{needed}'")
@@ -192,7 +196,11 @@ def _unpack_described(file, text, tensors):
                 raise FormatError(f"{where}: weight '{name}' is stored dense and packed")
             try:
                 tensors[name] = PackedWeight(
-                    **parts, format=told["format"], in_features=told["in_features"], group_size=told["group_size"]
+                    **parts,
+                    format=told["format"],
+                    in_features=told["in_features"],
+                    group_size=told["group_size"],
+                    residual_bits=told.get("residual_bits", 0),
                 )
             except (ValueError, RuntimeError) as error:
                 raise FormatError(f"{where}: weight '{name}': {error}") from None

@@ -9,10 +9,12 @@ from tqdm.auto import tqdm
 
 from . import nn
 from .nn.packed import check_activation_bits, refuse_embedding_options
-from ._formats import resolve_format
+from ._formats import resolve_format, training_residual_bits
 from .packed_weight import PackedWeight
 
-_WEIGHT_OPTIONS = ("bits", "format", "group_size", "sym", "scheme", "zero_kind", "scale_dtype", "rounding", "seed")
+_WEIGHT_OPTIONS = (
+    "bits", "format", "group_size", "sym", "scheme", "zero_kind", "scale_dtype", "residual_bits", "rounding", "seed"
+)  # fmt: skip
 _OPTIONS = (*_WEIGHT_OPTIONS, "activation_bits")
 # A progress bar shows after this long.
 _PATIENCE_S = 2.0
@@ -159,7 +161,9 @@ def quantize_(
     scheme=None,
     zero_kind=None,
     scale_dtype=None,
+    residual_bits=None,
     activation_bits=None,
+    training=False,
     rounding="nearest",
     seed=0,
     skip=(),
@@ -172,6 +176,9 @@ def quantize_(
         model: any torch.nn.Module.
         bits, format: one of them: 1 .. 8, or "sign", "ternary", "uint2" .. "uint8", mixed width. bits 1 is "sign".
         group_size, sym, scheme, zero_kind, scale_dtype, rounding, seed: as in PackedWeight.from_float.
+        residual_bits: more bits a weight for training, below those of the codes; 0 for none. None: none, unless `training`.
+        training: True for a model that is to be trained: weights below 4 bits get the residual that fills a byte (7 bits beside
+            sign, 6 beside 2 bits and ternary, 5 beside 3), the others none. drop_residuals_ removes it afterwards.
         activation_bits: 8 lets the packed linear layers round their input to int8.
         skip: module names or shell patterns ("lm_head", "*.mlp.*") that stay as they are.
         overrides: {name or pattern: {option: value}}: other options for the modules that match; a later one wins.
@@ -179,6 +186,7 @@ def quantize_(
 
     A weight that several modules share stays shared: it is packed once, left alone when one of them is skipped, and refused
     when their options differ. Other modules (convolutions, norms, subclasses with a forward of their own) stay as they are.
+    scheme="fan_in" is a rule for layers whose fresh weights shrink with their input: tables need another one.
     Returns a QuantizeReport; print it for a table. ValueError for a wrong option, a pattern that matches nothing, or a weight
     that is not finite, before anything is changed.
     """
@@ -190,6 +198,7 @@ def quantize_(
         "scheme": scheme,
         "zero_kind": zero_kind,
         "scale_dtype": scale_dtype,
+        "residual_bits": residual_bits,
         "rounding": rounding,
         "seed": seed,
         "activation_bits": activation_bits,
@@ -269,21 +278,30 @@ def quantize_(
                     f"quantize_: {names[0]} and {name} share their weight, but {different[0]} is "
                     f"{first[different[0]]!r} for one and {options[name][different[0]]!r} for the other"
                 )
+        packing = {o: first[o] for o in _WEIGHT_OPTIONS}
+        if packing["residual_bits"] is None:
+            format_ = resolve_format(first["bits"], first["format"])
+            packing["residual_bits"] = training_residual_bits(format_) if training else 0
+        if packing["scheme"] == "fan_in" and any(kinds[n] in ("embedding", "bag") for n in names):
+            raise ValueError(
+                f"quantize_: {names[0]} is a table, whose weights do not shrink with its columns, and scheme is 'fan_in'; "
+                "skip it, or give it another scheme in overrides"
+            )
         for name in names:
             check_activation_bits(options[name]["activation_bits"])
-        _check_packing(names[0], weight, kinds[names[0]], first)
-        work.append(names)
+        _check_packing(names[0], weight, kinds[names[0]], packing)
+        work.append((names, packing))
     for name, kind in kinds.items():
         if kind not in _KINDS and kind != "already packed":
             report.left[name] = kind
     if not work and not report.left:
         resolve_format(bits, format)
 
-    for names in tqdm(work, desc="quantize", unit="layer", delay=_PATIENCE_S, disable=not progress):
+    for names, packing in tqdm(work, desc="quantize", unit="layer", delay=_PATIENCE_S, disable=not progress):
         kind, old = kinds[names[0]], modules[names[0]].weight
         dense = old.detach().t() if kind == "conv1d" else old.detach()
         try:
-            packed = PackedWeight.from_float(dense, **{o: options[names[0]][o] for o in _WEIGHT_OPTIONS})
+            packed = PackedWeight.from_float(dense, **packing)
         except ValueError as error:
             raise ValueError(f"quantize_: {names[0]}: {error}") from None
         parameter = torch.nn.Parameter(packed, requires_grad=old.requires_grad)
@@ -318,6 +336,24 @@ def _check_packing(name, weight, kind, options):
             raise ValueError(f"weight{at} is {weight[tuple(at)].item()}, expected finite values")
     except ValueError as error:
         raise ValueError(f"quantize_: {name}: {error}") from None
+
+
+@torch.no_grad()
+def drop_residuals_(model):
+    """Makes the model what is deployed: every packed weight loses its residual plane, in place. No output changes.
+
+    Parameters become new ones (an optimizer that holds the old ones is done); weights that modules share stay shared.
+    Returns the number of bytes that this frees.
+    """
+    dropped, freed = {}, 0
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, PackedWeight) and parameter.residual is not None:
+                if id(parameter) not in dropped:
+                    dropped[id(parameter)] = (parameter, parameter.drop_residual())
+                    freed += parameter.residual.nbytes
+                module._parameters[name] = dropped[id(parameter)][1]
+    return freed
 
 
 def _relative_error(dense, packed):

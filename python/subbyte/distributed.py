@@ -20,7 +20,14 @@ def _group_rank_to_global(group, rank):
 
 def _describe(weights):
     return [
-        (name, w.format, tuple(w.shape), w.group_size, {part: (str(t.dtype), tuple(t.shape)) for part, t in w.parts.items()})
+        (
+            name,
+            w.format,
+            tuple(w.shape),
+            w.group_size,
+            w.residual_bits,
+            {part: (str(t.dtype), tuple(t.shape)) for part, t in w.parts.items()},
+        )
         for name, w in weights
     ]
 

@@ -353,6 +353,8 @@ def mpq_update_(
     """
     if not isinstance(weight, PackedWeight):
         raise ValueError(f"mpq_update_: weight is {type(weight).__name__}, expected a PackedWeight")
+    if weight.residual is not None:
+        raise ValueError("mpq_update_: weight has a residual, which the MPQ rule does not know: use drop_residual() first")
     step = int(step)
     if step < 1:
         raise ValueError(f"mpq_update_: step is {step}, expected at least 1")

@@ -9,6 +9,9 @@ holds the parts of a packed matrix instead of values. Three levels of operations
   anything else       runs on the dequantized values. Where it writes to the weight, the result is encoded back onto the
                       weight's own grid by stochastic rounding, which lets any optimizer of torch.optim take steps.
 
+With a residual plane a weight is read in two ways. What products, look-ups and every operation that only reads it see is the
+deployed value, that of the codes alone. An operation that writes to it reads and writes the fine value, codes and residual.
+
 A view of a packed weight (w[0], w.view(-1)) is a dense copy: writing to it does not reach the weight. w[i] = v does.
 """
 
@@ -21,12 +24,20 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _library
-from ._formats import check_permutation, check_quantize_options, default_scheme, format_bits, resolve_format, resolve_group_size
+from ._formats import (
+    check_permutation,
+    check_quantize_options,
+    check_residual_bits,
+    default_scheme,
+    format_bits,
+    resolve_format,
+    resolve_group_size,
+)
 
 _ops = _library.load()
 aten = torch.ops.aten
 
-PART_NAMES = ("codes", "scales", "zeros", "offsets", "perm")
+PART_NAMES = ("codes", "scales", "zeros", "offsets", "perm", "residual")
 
 _rounding_generator = None
 
@@ -67,6 +78,10 @@ class PackedWeight(torch.Tensor):
         group_size: stored columns that share a scale.
         dtype: what the weight calls itself, and the type of its gradient; the scales' when None. Values are always formed in
             float32 from the parts as they are: changing dtype (w.to(torch.float16)) loses nothing.
+        residual: uint8 [N, row bytes of residual_bits], a canonical code stream, or None: bits below those of the codes that
+            training keeps. The fine value is that of the code q = code * 2^r + residual with scale / 2^r and zero * 2^r +
+            (2^r - 1) / 2, so that value is the middle of the fine ones that share a code.
+        residual_bits: r, with r and the bits of a code at most 8; 0 without a residual.
     """
 
     def __new__(
@@ -76,29 +91,53 @@ class PackedWeight(torch.Tensor):
         zeros=None,
         offsets=None,
         perm=None,
+        residual=None,
         *,
         format,
         in_features,
         group_size,
+        residual_bits=0,
         dtype=None,
         requires_grad=False,
     ):
-        in_features, group_size = int(in_features), int(group_size)
-        meta = [None if t is None else t.detach().to("meta") for t in (codes, scales, zeros, offsets, perm)]
+        in_features, group_size, residual_bits = int(in_features), int(group_size), int(residual_bits)
+        given = (codes, scales, zeros, offsets, perm, residual)
+        *meta, meta_residual = [None if t is None else t.detach().to("meta") for t in given]
         _ops.dequantize(*meta, format, in_features, group_size)  # the shape rule of the op is the check
         check_permutation(perm)
-        for name, part in zip(PART_NAMES, (codes, scales, zeros, offsets, perm)):
+        if (residual is None) != (residual_bits == 0):
+            raise ValueError(
+                f"PackedWeight: residual_bits is {residual_bits} {'without' if residual is None else 'with'} a residual"
+            )
+        if residual is not None:
+            _ops.dequantize_fine(*meta, format, in_features, group_size, meta_residual, residual_bits)
+        for name, part in zip(PART_NAMES, given):
             if part is not None and part.device != codes.device:
                 raise ValueError(f"PackedWeight: {name} is on {part.device}, codes is on {codes.device}")
-        parts = [None if t is None else t.detach() for t in (codes, scales, zeros, offsets, perm)]
-        return cls._wrap(*parts, format, in_features, group_size, dtype or scales.dtype, requires_grad=requires_grad)
+        parts = [None if t is None else t.detach() for t in given]
+        return cls._wrap(
+            *parts, format, in_features, group_size, residual_bits, dtype or scales.dtype, requires_grad=requires_grad
+        )
 
     def __init__(self, *args, **kwargs):
         pass
 
     @classmethod
     def _wrap(
-        cls, codes, scales, zeros, offsets, perm, format, in_features, group_size, dtype, transposed=False, requires_grad=False
+        cls,
+        codes,
+        scales,
+        zeros,
+        offsets,
+        perm,
+        residual,
+        format,
+        in_features,
+        group_size,
+        residual_bits,
+        dtype,
+        transposed=False,
+        requires_grad=False,
     ):
         n = codes.shape[0]
         size, stride = ((in_features, n), (1, in_features)) if transposed else ((n, in_features), (in_features, 1))
@@ -107,6 +146,7 @@ class PackedWeight(torch.Tensor):
             cls, size, strides=stride, dtype=dtype, device=codes.device, requires_grad=requires_grad, storage_size=0
         )
         self.codes, self.scales, self.zeros, self.offsets, self.perm = codes, scales, zeros, offsets, perm
+        self.residual, self.residual_bits = residual, residual_bits
         self.format, self.in_features, self.group_size = format, in_features, group_size
         self.transposed = transposed
         return self
@@ -124,6 +164,7 @@ class PackedWeight(torch.Tensor):
         zero_kind=None,
         scale_dtype=None,
         perm=None,
+        residual_bits=0,
         rounding="nearest",
         seed=0,
         dtype=None,
@@ -135,49 +176,61 @@ class PackedWeight(torch.Tensor):
             bits, format: one of them; bits 1 is "sign", bits b is "uint<b>".
             group_size: columns that share a scale; -1 for a whole row.
             sym: True for the format's fixed zero, False for a zero or an offset a group. None: True for sign and ternary only.
-            scheme: how scales are chosen: "minmax", "absmax" or "absmean". None: minmax; absmax when sym; absmean for sign and
-                ternary.
+            scheme: how scales are chosen: "minmax", "absmax", "absmean", "midrise" or "fan_in". None: minmax; absmax when sym;
+                absmean for sign and ternary; midrise with residual_bits, unless sym or zero_kind are given. "midrise" and
+                "fan_in" lay the levels evenly around 0: as wide as fits the group's mean |w|, or as wide as 2 to 4 / sqrt(K),
+                which leaves the fresh weights of a torch.nn.Linear room to grow (docs/formats.md).
             zero_kind: "offsets" or "zeros" when not sym.
             scale_dtype: float32, float16 or bfloat16 of scales and offsets; w's when None.
+            residual_bits: r more bits a weight for training; w is rounded onto the fine grid.
             rounding: "nearest" or "stochastic" (with seed).
             dtype: of the result; w's when None.
         """
         w = w.detach()
         if isinstance(w, PackedWeight):
-            w = w.dequantize()
+            w = w.dequantize_fine()
         if w.dim() != 2 or not w.is_floating_point():
             raise ValueError(
                 f"PackedWeight.from_float: w is {w.dtype} {list(w.shape)}, expected a floating point matrix [N, K]"
             )
         format = resolve_format(bits, format)
         group_size = resolve_group_size(group_size, w.shape[1])
-        scheme, zero_kind = default_scheme(format, sym, scheme, zero_kind)
+        residual_bits = check_residual_bits("PackedWeight.from_float", residual_bits, format)
+        scheme, zero_kind = default_scheme(format, sym, scheme, zero_kind, residual_bits)
         check_quantize_options(scale_dtype, rounding, seed)
         check_permutation(perm)
         codes, scales, zeros = _ops.quantize(w, format, group_size, scheme, zero_kind, scale_dtype, perm, rounding, seed)
-        return cls._wrap(
+        residual = None
+        if residual_bits:
+            residual = _residual_plane(codes.new_zeros(codes.shape[0], w.shape[1]), residual_bits)
+        packed = cls._wrap(
             codes,
             scales,
             zeros if zero_kind == "zeros" else None,
             zeros if zero_kind == "offsets" else None,
             perm,
+            residual,
             format,
             w.shape[1],
             group_size,
+            residual_bits,
             dtype or w.dtype,
             requires_grad=requires_grad,
         )
+        if residual_bits:
+            packed._encode_(w, rounding, seed)
+        return packed
 
     # ---- what it is
 
     @property
     def parts(self):
-        """The present parts by name: codes, scales, zeros or offsets, perm. They are the storage, not copies."""
+        """The present parts by name: codes, scales, zeros or offsets, perm, residual. They are the storage, not copies."""
         return {name: part for name in PART_NAMES if (part := getattr(self, name)) is not None}
 
     @property
     def bits(self):
-        """Bits of a code; for mixed width the mean over a row, padding included."""
+        """Bits of a code, without the residual's; for mixed width the mean over a row, padding included."""
         return format_bits(self.format, self.in_features)
 
     @property
@@ -187,12 +240,12 @@ class PackedWeight(torch.Tensor):
 
     @property
     def bits_per_weight(self):
-        """All stored bits (codes, scales, zeros or offsets, perm) over the number of weights."""
+        """All stored bits (codes, scales, zeros or offsets, perm, residual) over the number of weights."""
         return 8 * self.nbytes / max(1, self.numel())
 
     @property
     def packed_args(self):
-        """The arguments that spell this weight in every torch.ops.subbyte op."""
+        """The arguments that spell this weight, as it is deployed, in every torch.ops.subbyte op."""
         return (self.codes, self.scales, self.zeros, self.offsets, self.perm, self.format, self.in_features, self.group_size)
 
     def block_of_rows(self, begin, end):
@@ -213,9 +266,33 @@ class PackedWeight(torch.Tensor):
         return whole, tuple(gathered)
 
     def dequantize(self, dtype=None):
-        """The dense values, as a plain tensor of this weight's dtype or another; no gradient."""
+        """The dense values, as a plain tensor of this weight's dtype or another; no gradient. They are those that products
+        with this weight use: of the codes alone."""
         dense = _ops.dequantize(*self.packed_args, dtype or self.dtype)
         return dense.t() if self.transposed else dense
+
+    def dequantize_fine(self, dtype=None):
+        """The dense values of codes and residual together, which training steps from; without a residual, dequantize()."""
+        if self.residual is None:
+            return self.dequantize(dtype)
+        dense = _ops.dequantize_fine(*self.packed_args, self.residual, self.residual_bits, dtype or self.dtype)
+        return dense.t() if self.transposed else dense
+
+    def drop_residual(self):
+        """This weight as it is deployed: on the same codes and scales, without the residual."""
+        parts = [None if name == "residual" else getattr(self, name) for name in PART_NAMES]
+        weight = PackedWeight._wrap(
+            *parts, self.format, self.in_features, self.group_size, 0, self.dtype, transposed=self.transposed
+        )
+        return _as_kind_of(weight, self.requires_grad, getattr(self, "_is_param", False))
+
+    def _encode_(self, dense, rounding, seed):
+        """Codes, and the residual where there is one, from dense values [N, K] in stored orientation."""
+        if self.residual is not None:
+            _ops.encode_fine_(*self.packed_args, self.residual, self.residual_bits, dense, rounding, seed, 0)
+        else:
+            codes, *grid, format, _, group_size = self.packed_args
+            _ops.encode_(codes, dense, *grid, format, group_size, rounding, seed, 0)
 
     def __repr__(self, *, tensor_contents=None):
         kind = "zeros" if self.zeros is not None else "offsets" if self.offsets is not None else "fixed zero"
@@ -228,6 +305,7 @@ class PackedWeight(torch.Tensor):
         return (
             text
             + (", perm" if self.perm is not None else "")
+            + (f", residual_bits={self.residual_bits}" if self.residual_bits else "")
             + (", transposed" if self.transposed else "")
             + (", requires_grad=True)" if self.requires_grad else ")")
         )
@@ -236,7 +314,7 @@ class PackedWeight(torch.Tensor):
 
     def __tensor_flatten__(self):
         names = [name for name in PART_NAMES if getattr(self, name) is not None]
-        return names, (self.format, self.in_features, self.group_size, self.dtype, self.transposed)
+        return names, (self.format, self.in_features, self.group_size, self.residual_bits, self.dtype, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):
@@ -257,6 +335,7 @@ class PackedWeight(torch.Tensor):
             self.format,
             self.in_features,
             self.group_size,
+            self.residual_bits,
             dtype or self.dtype,
             self.transposed if transposed is None else transposed,
         )
@@ -285,6 +364,7 @@ class PackedWeight(torch.Tensor):
             self.transposed,
             self.requires_grad,
             getattr(self, "_is_param", False),
+            self.residual_bits,
         )
 
     # ---- operations
@@ -318,15 +398,24 @@ class PackedWeight(torch.Tensor):
         return _run_dense(func, args, kwargs)
 
 
+def _residual_plane(values, residual_bits):
+    """uint8 [N, K] as the stream of a residual."""
+    return _ops.pack(values, "sign" if residual_bits == 1 else f"uint{residual_bits}")
+
+
 def _as_kind_of(weight, requires_grad, is_param):
     if is_param:
         return torch.nn.Parameter(weight, requires_grad=requires_grad)
     return weight.requires_grad_(requires_grad)
 
 
-def _rebuild_packed_weight(parts, format, in_features, group_size, dtype, transposed, requires_grad, is_param):
+def _rebuild_packed_weight(
+    parts, format, in_features, group_size, dtype, transposed, requires_grad, is_param, residual_bits=0
+):
     # The same checks as for parts from anywhere: a pickle is a file.
-    weight = PackedWeight(*parts, format=format, in_features=in_features, group_size=group_size, dtype=dtype)
+    weight = PackedWeight(
+        *parts, format=format, in_features=in_features, group_size=group_size, residual_bits=residual_bits, dtype=dtype
+    )
     if transposed:
         weight = weight._map_parts(lambda part: part, transposed=True)
     return _as_kind_of(weight, requires_grad, is_param)
@@ -426,7 +515,7 @@ def _function_setitem(self, index, value):
     if not isinstance(self, PackedWeight):
         return NotImplemented
     with torch.no_grad():
-        dense = self.dequantize()
+        dense = self.dequantize_fine()
         dense[index] = value.dequantize() if isinstance(value, PackedWeight) else value
         self.copy_(dense)
     return True
@@ -680,10 +769,11 @@ def _aten_embedding(func, weight, indices, padding_idx=-1, scale_grad_by_freq=Fa
 
 
 def _same_grid_kind(a, b):
-    return (a.format, a.in_features, a.group_size, a.transposed, list(a.parts)) == (
+    return (a.format, a.in_features, a.group_size, a.residual_bits, a.transposed, list(a.parts)) == (
         b.format,
         b.in_features,
         b.group_size,
+        b.residual_bits,
         b.transposed,
         list(b.parts),
     )
@@ -739,8 +829,30 @@ def _add_(func, self, other, *, alpha=1):
         return NotImplemented
     _refuse_tracing(self)
     other = other.coalesce()
-    _ops.embedding_add_(*self.packed_args, other.indices()[0], other.values(), alpha, "stochastic", _draw_seed(), 0)
+    _add_rows_(self, other.indices()[0], other.values(), alpha, "stochastic", _draw_seed(), 0)
     return self
+
+
+def _add_rows_(weight, rows, values, alpha, rounding, seed, offset):
+    """weight[rows] += alpha * values, rounded; what subbyte.functional.embedding_add_ says."""
+    if weight.residual is None:
+        _ops.embedding_add_(*weight.packed_args, rows, values, alpha, rounding, seed, offset)
+        return
+    of_rows = ("codes", "scales", "zeros", "offsets", "residual")
+    parts = {name: part.index_select(0, rows) if name in of_rows else part for name, part in weight.parts.items()}
+    touched = PackedWeight._wrap(
+        *(parts.get(name) for name in PART_NAMES),
+        weight.format,
+        weight.in_features,
+        weight.group_size,
+        weight.residual_bits,
+        weight.dtype,
+    )
+    dense = touched.dequantize_fine(torch.float32).add_(values, alpha=alpha)
+    arguments = (touched.residual, touched.residual_bits, dense, rounding, seed, offset)
+    _ops.encode_fine_(*touched.packed_args, *arguments)
+    for name in ("codes", "residual"):
+        getattr(weight, name).index_copy_(0, rows, getattr(touched, name))
 
 
 @_handles(aten.neg_.default)
@@ -778,24 +890,9 @@ def _writes(func):
 def _store(weight, dense):
     """Encodes values onto the weight's grid. A value that is not finite is a ValueError on the CPU and skipped on a GPU, which
     cannot refuse without being waited for."""
-    if weight.transposed:
-        dense = dense.t()
     if dense.device.type != "cpu":
-        old = _ops.dequantize(*weight.packed_args, torch.float32)
-        dense = torch.where(dense.isfinite(), dense, old)
-    _ops.encode_(
-        weight.codes,
-        dense,
-        weight.scales,
-        weight.zeros,
-        weight.offsets,
-        weight.perm,
-        weight.format,
-        weight.group_size,
-        "stochastic",
-        _draw_seed(),
-        0,
-    )
+        dense = torch.where(dense.isfinite(), dense, weight.dequantize_fine(torch.float32))
+    weight._encode_(dense.t() if weight.transposed else dense, "stochastic", _draw_seed())
 
 
 def _run_dense(func, args, kwargs):
@@ -809,12 +906,14 @@ def _run_dense(func, args, kwargs):
     narrow = {t.dtype for t in targets.values()} - {torch.float64} if widen else set()
     for target in targets.values():
         _refuse_tracing(target)
+    fine = any(target.residual is not None for target in targets.values())
     dense = {}
 
     def plain(t):
         if isinstance(t, PackedWeight):
             if id(t) not in dense:
-                dense[id(t)] = t.dequantize(torch.float32 if t.dtype in narrow else None)
+                read = t.dequantize_fine if fine else t.dequantize
+                dense[id(t)] = read(torch.float32 if t.dtype in narrow else None)
             return dense[id(t)]
         if isinstance(t, torch.Tensor) and t.dtype in narrow and t.dtype != torch.float32:
             return t.float()

@@ -76,6 +76,7 @@ Json tensor_json(const ModelTensor& t) {
     j["zero_kind"] = s.zero_kind == ZeroKind::kFixed ? "fixed" : s.zero_kind == ZeroKind::kZeros ? "zeros" : "offsets";
     if (s.zero_kind != ZeroKind::kFixed) j["zero_dtype"] = dtype_name(s.zero_dtype);
     j["has_perm"] = s.has_perm;
+    j["residual_bits"] = s.residual_bits;
   }
   return j;
 }
@@ -117,7 +118,8 @@ void inspect(const std::string& path, bool as_json) {
   fmt::print("{:<{}}  {:<12}  {:<18}  {:>6}  {:>10}  {:>10}\n", "name", name_width, "type", "shape", "group", "bits/weight",
              "bytes");
   for (const ModelTensor& t : model->tensors()) {
-    const std::string type = t.type == t.stored_type ? t.type : t.type + " (" + t.stored_type + ")";
+    std::string type = t.type == t.stored_type ? t.type : t.type + " (" + t.stored_type + ")";
+    if (t.spec && t.spec->residual_bits > 0) type += fmt::format(" (+{} bits)", t.spec->residual_bits);
     const bool known = t.bytes > 0 || elements(t) == 0;
     fmt::print("{:<{}}  {:<12}  {:<18}  {:>6}  {:>10}  {:>10}{}\n", printable(t.name), name_width, type, shape_text(t.shape),
                t.spec ? std::to_string(t.spec->group_size) : "",

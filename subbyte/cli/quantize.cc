@@ -96,6 +96,9 @@ class Plan {
       if (zero_kind_ && *zero_kind_ != ZeroKind::kFixed) throw UsageError("--sym means --zero-kind fixed");
       zero_kind_ = ZeroKind::kFixed;
     }
+    const bool mid_rise = scheme_ == Scheme::kMidRise || scheme_ == Scheme::kFanIn;
+    if (zero_kind_ && mid_rise)
+      throw UsageError("schemes midrise and fan_in decide about the zero: leave --zero-kind and --sym out");
     if (zero_kind_ && scheme_ && (*scheme_ == Scheme::kMinMax) != (*zero_kind_ != ZeroKind::kFixed))
       throw UsageError("scheme minmax needs --zero-kind zeros or offsets; absmax and absmean need fixed");
     scale_dtype_ = o.scale_dtype == "float32" ? DType::kF32 : o.scale_dtype == "bfloat16" ? DType::kBF16 : DType::kF16;
@@ -123,7 +126,9 @@ class Plan {
     s.layout = row_layout(f, s.k);
     s.group_size = rule->group_size == 0 ? std::max<int64_t>(s.k, 1) : rule->group_size;
     s.scale_dtype = s.zero_dtype = scale_dtype_;
-    s.zero_kind = scheme_of(f) == Scheme::kMinMax ? zero_kind_.value_or(ZeroKind::kOffsets) : ZeroKind::kFixed;
+    s.zero_kind = zero_kind_.value_or(ZeroKind::kOffsets);
+    if (!scheme_takes(scheme_of(f), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kFixed;
+    if (!scheme_takes(scheme_of(f), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kZeros;  // midrise, fan_in
     return s;
   }
 
@@ -274,6 +279,9 @@ void run(const Options& o, bool convert_only) {
         if (from_packed->spec.has_perm && !perm_written)
           writer.append_packed(job.index, Part::kPerm, from_packed->perm.data(), uint64_t(from_packed->perm.size()));
         perm_written = true;
+        if (from_packed->spec.residual_bits > 0)
+          writer.append_packed(job.index, Part::kResidual, from_packed->residual.data(),
+                               uint64_t(from_packed->residual.size()));
       } else {
         PackedSpec spec = packed[job.index];
         spec.n = count;
@@ -363,7 +371,8 @@ void add_quantize(CLI::App& app) {
   q->add_option("--format,-f", o->format, "Instead of --bits: sign, ternary, uint2 ... uint8");
   q->add_option("--group-size,-g", o->group_size, "Columns that share a scale, or 'row'")->capture_default_str();
   q->add_option("--scheme", o->scheme,
-                "minmax, absmax or absmean (default: minmax; absmean for sign and ternary; absmax with --sym)");
+                "minmax, absmax, absmean, midrise or fan_in (default: minmax; absmean for sign and ternary; absmax with "
+                "--sym)");
   q->add_option("--zero-kind", o->zero_kind, "fixed, zeros (units of codes) or offsets (units of values; default with minmax)")
       ->check(CLI::IsMember({"fixed", "zeros", "offsets"}));
   q->add_flag("--sym", o->sym, "Symmetric: --zero-kind fixed");

@@ -15,7 +15,7 @@ constexpr size_t kNoTensor = SIZE_MAX;
 
 struct WeightRecord {
   std::string name, format;
-  uint64_t in_features = 0, group_size = 0;
+  uint64_t in_features = 0, group_size = 0, residual_bits = 0;
   bool has_format = false, has_in_features = false, has_group_size = false;
 };
 
@@ -66,6 +66,8 @@ std::vector<WeightRecord> parse_schema(const std::string& text, const std::strin
     } else if (key == "group_size" && e.kind == JsonEvent::kUnsigned) {
       w.group_size = e.number;
       w.has_group_size = true;
+    } else if (key == "residual_bits" && e.kind == JsonEvent::kUnsigned) {
+      w.residual_bits = e.number;
     } else {
       fail(what, "'" + key + "' is unknown or of the wrong kind");
     }
@@ -99,8 +101,9 @@ const char* zeros_suffix(ZeroKind kind) { return kind == ZeroKind::kOffsets ? ".
 
 }  // namespace
 
-void CheckpointFile::add_packed(const std::string& name, const std::string& format, uint64_t in_features, uint64_t group_size,
+void CheckpointFile::add_packed(const std::string& name, const std::string& format, const Described& told,
                                 const std::string& where) {
+  const auto [in_features, group_size, residual_bits] = told;
   const std::string what = where + ": weight '" + name + "'";
   if (in_features > kMaxColumns || group_size < 1 || group_size > kMaxColumns)
     throw FormatError(what, 8, detail::concat("in_features ", in_features, " or group_size ", group_size, " is out of range"));
@@ -118,6 +121,12 @@ void CheckpointFile::add_packed(const std::string& name, const std::string& form
     if ((s.k_begin + s.k_count) % spec.group_size != 0)
       throw FormatError(what, 8, detail::concat("format segment ", i, " ends inside a group of ", group_size, " columns"));
   }
+
+  if (residual_bits > uint64_t(8 - spec.layout.max_bits()))
+    throw FormatError(what, 8,
+                      detail::concat("residual_bits is ", residual_bits, " beside codes of ", spec.layout.max_bits(),
+                                     " bits, expected at most 8 together"));
+  spec.residual_bits = int(residual_bits);
 
   Parts parts;
   parts.codes = file_->find(name + ".codes");
@@ -159,6 +168,13 @@ void CheckpointFile::add_packed(const std::string& name, const std::string& form
       fail(*parts.perm, std::string("dtype is ") + element_type_name(parts.perm->dtype) + ", expected I32");
     demand_shape(*parts.perm, {spec.k});
   }
+  if (spec.residual_bits > 0) {
+    parts.residual = file_->find(name + ".residual");
+    if (parts.residual == nullptr) throw FormatError(what, 8, "the file has no tensor '" + name + ".residual'");
+    if (parts.residual->dtype != ElementType::kU8)
+      fail(*parts.residual, std::string("dtype is ") + element_type_name(parts.residual->dtype) + ", expected U8");
+    demand_shape(*parts.residual, {spec.n, spec.residual_row_bytes()});
+  }
   packed_.push_back(std::move(spec));
   parts_.push_back(parts);
 }
@@ -175,7 +191,7 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::build(std::shared_ptr<cons
     out->native_ = true;
     const std::string where = first_path + ": metadata 'subbyte'";
     for (const WeightRecord& w : parse_schema(it->second, where))
-      out->add_packed(w.name, w.format, w.in_features, w.group_size, where);
+      out->add_packed(w.name, w.format, {w.in_features, w.group_size, w.residual_bits}, where);
   }
   for (size_t i = 0; i < out->packed_.size(); ++i)
     if (!out->by_name_.emplace(out->packed_[i].name, i).second)
@@ -184,7 +200,7 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::build(std::shared_ptr<cons
   std::unordered_map<const SafetensorsEntry*, std::string_view> owner_of;
   for (size_t i = 0; i < out->parts_.size(); ++i) {
     const Parts& p = out->parts_[i];
-    for (const SafetensorsEntry* e : {p.codes, p.scales, p.zeros, p.perm}) {
+    for (const SafetensorsEntry* e : {p.codes, p.scales, p.zeros, p.perm, p.residual}) {
       if (e == nullptr) continue;
       if (const auto [it, fresh] = owner_of.emplace(e, out->packed_[i].name); !fresh)
         throw FormatError(f.path_of(*e) + ": tensor '" + e->name + "'", e->begin, "belongs to two packed weights");
@@ -230,6 +246,7 @@ PackedTensor CheckpointFile::load_rows(const PackedSpec& spec, int64_t row_begin
   out.codes = rows_of(parts.codes, stored.layout.row_bytes);
   out.scales = rows_of(parts.scales, stored.groups() * dtype_bytes(stored.scale_dtype));
   out.zeros = rows_of(parts.zeros, stored.groups() * dtype_bytes(stored.zero_dtype));
+  out.residual = rows_of(parts.residual, stored.residual_row_bytes());
   if (stored.has_perm) out.perm = file_->load(*parts.perm).bytes;
 
   if (stored.layout.row_bytes > 0) {
@@ -240,6 +257,15 @@ PackedTensor CheckpointFile::load_rows(const PackedSpec& spec, int64_t row_begin
                           parts.codes->begin + uint64_t((row_begin + n) * stored.layout.row_bytes + bad),
                           "the byte holds a code outside its format, or spare bits that are not zero");
     }
+  }
+  // Every pattern of a residual means something; only its spare bits can be wrong. Rows without such are not read.
+  const int used = int(stored.k % 8) * stored.residual_bits % 8;
+  for (int64_t n = 0; used != 0 && n < out.spec.n; ++n) {
+    const int64_t last = (n + 1) * stored.residual_row_bytes() - 1;
+    if (out.residual.data()[last] >> used != 0)
+      throw FormatError(file_->path_of(*parts.residual) + ": tensor '" + parts.residual->name + "'",
+                        parts.residual->begin + uint64_t(row_begin * stored.residual_row_bytes() + last),
+                        "the byte holds spare bits that are not zero");
   }
   if (stored.has_perm) {
     std::vector<bool> seen(size_t(stored.k), false);
@@ -278,12 +304,17 @@ CheckpointWriter::CheckpointWriter(const std::string& path, std::vector<TensorDe
               s.n, ", ", s.k, "] in groups of ", s.group_size, " with a layout for ", s.layout.k, " columns");
     check_arg(s.scale_dtype != DType::kF64 && s.zero_dtype != DType::kF64, "checkpoint writer: weight '", s.name,
               "' has float64 scales or zeros, expected float32, float16 or bfloat16");
+    check_arg(s.residual_bits >= 0 && s.residual_bits + s.layout.max_bits() <= 8, "checkpoint writer: weight '", s.name,
+              "' has a residual of ", s.residual_bits, " bits beside codes of ", s.layout.max_bits(),
+              ", expected at most 8 together");
     check_arg(dense_names.count(s.name) == 0, "checkpoint writer: weight '", s.name, "' is declared dense and packed");
     if (!first) schema += ",";
     schema += json_quoted(s.name, "weight name") + ":{\"format\":\"" + s.layout.name() +
-              "\",\"in_features\":" + std::to_string(s.k) + ",\"group_size\":" + std::to_string(s.group_size) + "}";
+              "\",\"in_features\":" + std::to_string(s.k) + ",\"group_size\":" + std::to_string(s.group_size);
+    if (s.residual_bits > 0) schema += ",\"residual_bits\":" + std::to_string(s.residual_bits);
+    schema += "}";
     first = false;
-    std::array<size_t, 4> index{};
+    std::array<size_t, 5> index{};
     index.fill(kNoTensor);
     auto declare = [&](Part part, const char* suffix, ElementType type, std::vector<int64_t> shape) {
       index[size_t(part)] = dense.size();
@@ -294,6 +325,7 @@ CheckpointWriter::CheckpointWriter(const std::string& path, std::vector<TensorDe
     if (s.zero_kind != ZeroKind::kFixed)
       declare(Part::kZeros, zeros_suffix(s.zero_kind), element_type_of(s.zero_dtype), {s.n, s.groups()});
     if (s.has_perm) declare(Part::kPerm, ".perm", ElementType::kI32, {s.k});
+    if (s.residual_bits > 0) declare(Part::kResidual, ".residual", ElementType::kU8, {s.n, s.residual_row_bytes()});
     index_of_part_.push_back(index);
   }
   metadata[kKey] = schema + "}}";
@@ -330,6 +362,8 @@ void write_checkpoint(const std::string& path, const std::vector<LoadedTensor>& 
     if (p.spec.zero_kind != ZeroKind::kFixed)
       writer.append_packed(packed_index, Part::kZeros, p.zeros.data(), uint64_t(p.zeros.size()));
     if (p.spec.has_perm) writer.append_packed(packed_index, Part::kPerm, p.perm.data(), uint64_t(p.perm.size()));
+    if (p.spec.residual_bits > 0)
+      writer.append_packed(packed_index, Part::kResidual, p.residual.data(), uint64_t(p.residual.size()));
     ++packed_index;
   }
   writer.finish();

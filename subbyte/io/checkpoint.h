@@ -2,6 +2,7 @@
 //   NAME.codes    U8 [N, row_bytes]         NAME.scales   F32, F16 or BF16 [N, G]
 //   NAME.zeros or NAME.offsets, or neither  the same types, [N, G]
 //   NAME.perm     I32 [K], optional
+//   NAME.residual U8 [N, stream bytes of K codes of residual_bits], where the description says residual_bits
 // described by the metadata key "subbyte", and every other tensor is an ordinary one. docs/checkpoint.md is the full text. A
 // safetensors file without that key is a checkpoint without packed weights.
 //
@@ -48,11 +49,13 @@ class CheckpointFile {
 
  private:
   struct Parts {
-    const SafetensorsEntry *codes = nullptr, *scales = nullptr, *zeros = nullptr, *perm = nullptr;
+    const SafetensorsEntry *codes = nullptr, *scales = nullptr, *zeros = nullptr, *perm = nullptr, *residual = nullptr;
   };
   static std::shared_ptr<const CheckpointFile> build(std::shared_ptr<const SafetensorsFile> file);
-  void add_packed(const std::string& name, const std::string& format, uint64_t in_features, uint64_t group_size,
-                  const std::string& where);
+  struct Described {
+    uint64_t in_features = 0, group_size = 0, residual_bits = 0;
+  };
+  void add_packed(const std::string& name, const std::string& format, const Described& told, const std::string& where);
 
   std::shared_ptr<const SafetensorsFile> file_;
   bool native_ = false;
@@ -65,7 +68,7 @@ class CheckpointFile {
 // Streaming writer of native checkpoints: SafetensorsWriter's promises (atomic, deterministic, any chunking).
 class CheckpointWriter {
  public:
-  enum class Part : uint8_t { kCodes, kScales, kZeros, kPerm };  // kZeros: also offsets
+  enum class Part : uint8_t { kCodes, kScales, kZeros, kPerm, kResidual };  // kZeros: also offsets
 
   // Metadata "format": "pt" and "subbyte" are added; giving either is refused. std::invalid_argument for inconsistent sizes or
   // a name given twice, also through the parts of a packed weight.
@@ -77,7 +80,7 @@ class CheckpointWriter {
 
  private:
   std::vector<PackedSpec> packed_;
-  std::vector<std::array<size_t, 4>> index_of_part_;
+  std::vector<std::array<size_t, 5>> index_of_part_;
   std::unique_ptr<SafetensorsWriter> writer_;
 };
 

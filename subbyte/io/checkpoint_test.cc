@@ -55,6 +55,17 @@ PackedTensor packed(const std::string& name, const std::string& format, int64_t 
   return t;
 }
 
+PackedTensor with_residual(PackedTensor t, int bits) {
+  t.spec.residual_bits = bits;
+  uint8_t* p = nullptr;
+  t.residual = SharedBytes::allocate(t.spec.residual_bytes(), &p);
+  if (p != nullptr) std::memset(p, 0, size_t(t.spec.residual_bytes()));
+  for (int64_t n = 0; n < t.spec.n; ++n)
+    for (int64_t k = 0; k < t.spec.k; ++k)
+      set_code(p + n * t.spec.residual_row_bytes(), k, bits, uint32_t(n * 13 + k * 5 + 1) & ((1u << bits) - 1));
+  return t;
+}
+
 void expect_same(const SharedBytes& a, const SharedBytes& b) {
   ASSERT_EQ(a.size(), b.size());
   EXPECT_TRUE(a.size() == 0 || std::memcmp(a.data(), b.data(), size_t(a.size())) == 0);
@@ -75,6 +86,8 @@ void expect_same(const PackedTensor& a, const PackedTensor& b) {
   expect_same(a.scales, b.scales);
   expect_same(a.zeros, b.zeros);
   expect_same(a.perm, b.perm);
+  EXPECT_EQ(a.spec.residual_bits, b.spec.residual_bits);
+  expect_same(a.residual, b.residual);
 }
 
 TEST(Checkpoint, GivesBackEveryFormatZeroKindTypeAndPermutation) {
@@ -88,6 +101,8 @@ TEST(Checkpoint, GivesBackEveryFormatZeroKindTypeAndPermutation) {
         const DType scale = i % 3 == 0 ? DType::kF32 : i % 3 == 1 ? DType::kF16 : DType::kBF16;
         tensors.push_back(packed("layer." + std::to_string(i) + ".weight", f.name, i % 4, k, 1 + i % 20, kind, i % 2 == 0,
                                  scale, i % 5 < 2 ? DType::kF16 : DType::kF32));
+        if (f.bits < 8 && i % 3 == 0)
+          tensors.back() = with_residual(std::get<PackedTensor>(tensors.back()), 1 + i % (8 - f.bits));
       }
   tensors.push_back(packed("mixed.weight", "uint8*32+ternary*32+uint3*5", 3, 69, 16, ZeroKind::kZeros, true));
   tensors.push_back(DenseTensor{"mixed.bias", ElementType::kBF16, {3}, filled(6, 1)});
@@ -247,6 +262,28 @@ TEST(Checkpoint, RefusesPartsOfTheWrongTypeOrShape) {
   EXPECT_NE(d.error().find("no tensor 'w.scales'"), std::string::npos);
 }
 
+TEST(Checkpoint, ResidualPlanesAreCheckedAsFarAsTheyCanBeWrongAndWeightsWithoutAreAsBefore) {
+  auto with = [](const std::string& bits, std::vector<TensorDeclaration> more, const Bytes& content = {}) {
+    Draft d;
+    d.schema =
+        R"({"version":1,"weights":{"w":{"format":"ternary","in_features":5,"group_size":4,"residual_bits":)" + bits + "}}}";
+    for (auto& t : more) d.tensors.push_back(std::move(t));
+    if (!content.empty()) d.data["w.residual"] = content;
+    return d.error();
+  };
+  const TensorDeclaration plane{"w.residual", ElementType::kU8, {2, 4}};
+  EXPECT_EQ(with("6", {plane}), "accepted");
+  EXPECT_EQ(with("0", {}), "accepted");
+  EXPECT_EQ(with("0", {plane}), "accepted");  // then it is a tensor like any other
+  EXPECT_EQ(with("6", {plane}, {0xff, 0xff, 0xff, 0x3f, 0xff, 0xff, 0xff, 0x3f}), "accepted");
+  EXPECT_NE(with("6", {plane}, {0, 0, 0, 0, 0, 0, 0, 0x40}).find("spare bits"), std::string::npos);
+  EXPECT_NE(with("7", {plane}).find("at most 8 together"), std::string::npos);
+  EXPECT_NE(with("6", {}).find("no tensor 'w.residual'"), std::string::npos);
+  EXPECT_NE(with("4", {plane}).find("shape is [2, 4], expected [2, 3]"), std::string::npos);
+  EXPECT_NE(with("6", {{"w.residual", ElementType::kI8, {2, 4}}}).find("expected U8"), std::string::npos);
+  EXPECT_NE(with("\"6\"", {plane}).find("wrong kind"), std::string::npos);
+}
+
 TEST(CheckpointWriter, RefusesContradictions) {
   const TemporaryFolder folder;
   const std::string path = folder.file("c");
@@ -258,6 +295,9 @@ TEST(CheckpointWriter, RefusesContradictions) {
   EXPECT_THROW(CheckpointWriter(path, D{}, {spec}, {{"subbyte", "x"}}), std::invalid_argument);
   PackedSpec other = spec;
   other.k = 9;
+  EXPECT_THROW(CheckpointWriter(path, D{}, {other}), std::invalid_argument);
+  other = spec;
+  other.residual_bits = 5;
   EXPECT_THROW(CheckpointWriter(path, D{}, {other}), std::invalid_argument);
   CheckpointWriter w(path, {}, {spec});
   EXPECT_THROW(w.append_packed(0, CheckpointWriter::Part::kZeros, "", 0), std::invalid_argument);

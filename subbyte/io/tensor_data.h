@@ -82,20 +82,24 @@ struct PackedSpec {
   ZeroKind zero_kind = ZeroKind::kFixed;
   DType zero_dtype = DType::kF16;
   bool has_perm = false;
+  int residual_bits = 0;  // of the residual plane that training keeps beside the codes (ops/packed_update); 0: none
 
   int64_t groups() const { return ceil_div(k, group_size); }
   int64_t codes_bytes() const { return n * layout.row_bytes; }
   int64_t scales_bytes() const { return n * groups() * dtype_bytes(scale_dtype); }
   int64_t zeros_bytes() const { return zero_kind == ZeroKind::kFixed ? 0 : n * groups() * dtype_bytes(zero_dtype); }
   int64_t perm_bytes() const { return has_perm ? k * 4 : 0; }
-  int64_t bytes() const { return codes_bytes() + scales_bytes() + zeros_bytes() + perm_bytes(); }
+  int64_t residual_row_bytes() const { return stream_bytes(k, residual_bits); }
+  int64_t residual_bytes() const { return n * residual_row_bytes(); }
+  int64_t bytes() const { return codes_bytes() + scales_bytes() + zeros_bytes() + perm_bytes() + residual_bytes(); }
 };
 
 struct PackedTensor {
   PackedSpec spec;
   SharedBytes codes, scales, zeros, perm;  // zeros: also offsets, as spec.zero_kind says; empty parts where there are none
+  SharedBytes residual;                    // who only computes with the weight need not look at it
 
-  // Valid while this object lives.
+  // The deployed weight. Valid while this object lives.
   PackedMatrix view() const;
 };
 

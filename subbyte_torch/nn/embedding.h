@@ -40,6 +40,8 @@ class Embedding : public torch::nn::ModuleHolder<EmbeddingImpl> {
   using Impl [[maybe_unused]] = EmbeddingImpl;
   // Throws c10::ValueError for a layer with max_norm: renormalising packed rows on look-up is not done.
   static Embedding from_float(const torch::nn::Embedding& layer, const QuantizeOptions& quantize = {});
+  // A module on the same codes and scales without the residual: what is deployed.
+  Embedding drop_residual() const;
 };
 
 }  // namespace subbyte::nn

@@ -43,6 +43,8 @@ class Linear : public torch::nn::ModuleHolder<LinearImpl> {
   // Packs the weight of a float layer; the bias is copied. The float layer is left alone. in_features and out_features of
   // `options` are the layer's.
   static Linear from_float(const torch::nn::Linear& layer, const QuantizeOptions& quantize = {}, int activation_bits = 0);
+  // A module on the same codes, scales and bias without the residual: what is deployed.
+  Linear drop_residual() const;
 };
 
 }  // namespace subbyte::nn

@@ -11,6 +11,23 @@
 #include "subbyte_torch/nn/quantize.h"
 
 namespace subbyte::nn {
+namespace {
+
+// Options that make a weight of the same parts, which is what clone() fills.
+QuantizeOptions options_of(const PackedWeight& w) {
+  QuantizeOptions out;
+  out.format = w.format;
+  out.group_size = w.group_size;
+  out.sym = !w.zeros.defined() && !w.offsets.defined();
+  if (!out.sym) out.scheme = "minmax";
+  out.zero_kind = w.zeros.defined() ? "zeros" : "offsets";
+  out.scale_dtype = w.scales.scalar_type();
+  out.perm = w.perm;
+  out.residual_bits = w.residual_bits;
+  return out;
+}
+
+}  // namespace
 
 // ---- packed module
 
@@ -31,6 +48,7 @@ void PackedModule<Derived>::set_weight(PackedWeight w) {
   place("zeros", weight_.zeros);
   place("offsets", weight_.offsets);
   place("perm", weight_.perm);
+  place("residual", weight_.residual);
 }
 
 template <class Derived>
@@ -53,6 +71,10 @@ void PackedModule<Derived>::load(torch::serialize::InputArchive& archive) {
   TORCH_CHECK_VALUE(format.toStringRef() == weight_.format && group_size.toInt() == weight_.group_size,
                     "load: the archive holds ", format.toStringRef(), " in groups of ", group_size.toInt(), ", the module is ",
                     weight_.format, " in groups of ", weight_.group_size);
+  c10::IValue residual_bits(int64_t(0));  // archives of before there were residuals do not say
+  archive.try_read("residual_bits", residual_bits);
+  TORCH_CHECK_VALUE(residual_bits.toInt() == weight_.residual_bits, "load: the archive holds a residual of ",
+                    residual_bits.toInt(), " bits, the module one of ", weight_.residual_bits);
   const torch::NoGradGuard no_grad;
   // Read apart first: an archive of other shapes leaves the module as it was.
   for (auto& buffer : this->named_buffers(/*recurse=*/false)) {
@@ -74,12 +96,7 @@ LinearImpl::LinearImpl(PackedWeight weight, torch::Tensor bias_, int activation_
   options.bias = bias_.defined();
   options.activation_bits = activation_bits;
   options.x_scale = std::move(x_scale);
-  options.quantize.format = weight.format;
-  options.quantize.group_size = weight.group_size;
-  options.quantize.sym = !weight.zeros.defined() && !weight.offsets.defined();
-  options.quantize.zero_kind = weight.zeros.defined() ? "zeros" : "offsets";
-  options.quantize.scale_dtype = weight.scales.scalar_type();
-  options.quantize.perm = weight.perm;
+  options.quantize = options_of(weight);
   TORCH_CHECK_VALUE(activation_bits == 0 || activation_bits == 8, "Linear: activation_bits is ", activation_bits,
                     ", expected 0 or 8");
   set_weight(std::move(weight));
@@ -106,6 +123,7 @@ void LinearImpl::pretty_print(std::ostream& stream) const {
   stream << "subbyte::nn::Linear(in_features=" << options.in_features << ", out_features=" << options.out_features
          << ", bias=" << std::boolalpha << options.bias << ", format=" << weight_.format
          << ", group_size=" << weight_.group_size;
+  if (weight_.residual_bits > 0) stream << ", residual_bits=" << weight_.residual_bits;
   if (options.activation_bits != 0) stream << ", activation_bits=" << options.activation_bits;
   stream << ")";
 }
@@ -121,6 +139,14 @@ Linear Linear::from_float(const torch::nn::Linear& layer, const QuantizeOptions&
                                              activation_bits));
 }
 
+Linear Linear::drop_residual() const {
+  const LinearImpl& own = *get();
+  Linear out(
+      std::make_shared<LinearImpl>(own.weight().drop_residual(), own.bias, own.options.activation_bits, own.options.x_scale));
+  out->train(own.is_training());
+  return out;
+}
+
 // ---- Embedding
 
 EmbeddingImpl::EmbeddingImpl(const EmbeddingOptions& options_) : options(options_) { reset(); }
@@ -129,12 +155,7 @@ EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx, bool spar
     : options(weight.out_features(), weight.in_features) {
   options.padding_idx = padding_idx;
   options.sparse = sparse;
-  options.quantize.format = weight.format;
-  options.quantize.group_size = weight.group_size;
-  options.quantize.sym = !weight.zeros.defined() && !weight.offsets.defined();
-  options.quantize.zero_kind = weight.zeros.defined() ? "zeros" : "offsets";
-  options.quantize.scale_dtype = weight.scales.scalar_type();
-  options.quantize.perm = weight.perm;
+  options.quantize = options_of(weight);
   set_weight(std::move(weight));
 }
 
@@ -160,6 +181,12 @@ Embedding Embedding::from_float(const torch::nn::Embedding& layer, const Quantiz
                     "Embedding: the layer has max_norm, which packed tables do not apply");
   return Embedding(std::make_shared<EmbeddingImpl>(PackedWeight::quantize(layer->weight, quantize),
                                                    layer->options.padding_idx().value_or(-1), layer->options.sparse()));
+}
+
+Embedding Embedding::drop_residual() const {
+  Embedding out(std::make_shared<EmbeddingImpl>(get()->weight().drop_residual(), get()->options.padding_idx));
+  out->train(get()->is_training());
+  return out;
 }
 
 template class PackedModule<LinearImpl>;
@@ -214,7 +241,40 @@ void quantize_children(torch::nn::Module& module, const std::string& prefix, con
   }
 }
 
+// The layer without its residual, or null where there is nothing to drop.
+std::optional<torch::nn::AnyModule> deployed(const std::shared_ptr<torch::nn::Module>& module) {
+  if (const auto linear = std::dynamic_pointer_cast<LinearImpl>(module); linear && linear->weight().residual.defined())
+    return torch::nn::AnyModule(Linear(linear).drop_residual().ptr());
+  if (const auto table = std::dynamic_pointer_cast<EmbeddingImpl>(module); table && table->weight().residual.defined())
+    return torch::nn::AnyModule(Embedding(table).drop_residual().ptr());
+  return std::nullopt;
+}
+
+void drop_residuals_of_children(torch::nn::Module& module, const std::string& prefix, QuantizeReport& report) {
+  auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(&module);
+  for (const auto& child : module.named_children()) {
+    const std::string name = prefix + child.key();
+    std::optional<torch::nn::AnyModule> replacement = deployed(child.value());
+    if (!replacement.has_value()) {
+      drop_residuals_of_children(*child.value(), name + ".", report);
+    } else if (sequential == nullptr) {
+      report.out_of_reach.push_back(name);
+    } else {
+      for (torch::nn::AnyModule& held : *sequential)
+        if (held.ptr() == child.value()) held = *replacement;
+      sequential->replace_module(child.key(), replacement->ptr());
+      report.replaced.push_back(name);
+    }
+  }
+}
+
 }  // namespace
+
+QuantizeReport drop_residuals_(torch::nn::Module& module) {
+  QuantizeReport report;
+  drop_residuals_of_children(module, "", report);
+  return report;
+}
 
 QuantizeReport quantize_(torch::nn::Module& module, const QuantizeModuleOptions& options) {
   QuantizeReport report;

@@ -7,10 +7,10 @@
 
 namespace subbyte::nn {
 
-// Buffers `codes`, `scales`, and where there are such, `zeros` or `offsets`, and `perm`: torch::save, torch::load and
-// to(device) see them. The archive also keeps format and group size, so that loading into a module of another format is an
-// error. The gradient handle is no parameter (PyTorch would save and move [N, K] values that mean nothing): it is reached by
-// handle().
+// Buffers `codes`, `scales`, and where there are such, `zeros` or `offsets`, `perm` and `residual`: torch::save, torch::load
+// and to(device) see them. The archive also keeps format, group size and residual bits, so that loading into a module of
+// another format is an error. The gradient handle is no parameter (PyTorch would save and move [N, K] values that mean
+// nothing): it is reached by handle().
 template <class Derived>
 class PackedModule : public torch::nn::Cloneable<Derived> {
  public:
@@ -40,6 +40,7 @@ class PackedModule : public torch::nn::Cloneable<Derived> {
     torch::nn::Module::save(archive);
     archive.write("format", c10::IValue(weight_.format));
     archive.write("group_size", c10::IValue(weight_.group_size));
+    if (weight_.residual_bits > 0) archive.write("residual_bits", c10::IValue(int64_t(weight_.residual_bits)));
   }
   void load(torch::serialize::InputArchive& archive) override;
 

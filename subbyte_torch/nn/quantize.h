@@ -26,4 +26,8 @@ struct QuantizeReport {
 // are left as they are and named in out_of_reach; write them as subbyte::nn::Linear::from_float(...) in the class.
 QuantizeReport quantize_(torch::nn::Module& module, const QuantizeModuleOptions& options = {});
 
+// Exchanges in the same way every layer that has a residual for one without: what is deployed, with the same outputs. The
+// layers are new modules; a class exchanges its own members by `fc = replace_module("fc", fc.drop_residual())`.
+QuantizeReport drop_residuals_(torch::nn::Module& module);
+
 }  // namespace subbyte::nn

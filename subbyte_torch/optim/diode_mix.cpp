@@ -203,8 +203,9 @@ void DiodeMix::step_one(const Tensor& parameter, const DiodeMixOptions& o) {
   TORCH_CHECK(
       packed == nullptr || packed->handle().unsafeGetTensorImpl() == key,
       "DiodeMix: a packed weight has another handle than when it was added; build the optimizer after moving the model");
-  const bool binary =
-      packed == nullptr ? o.binary() : packed->format == "sign" && !packed->zeros.defined() && !packed->offsets.defined();
+  const bool binary = packed == nullptr ? o.binary()
+                                        : packed->format == "sign" && !packed->zeros.defined() && !packed->offsets.defined() &&
+                                              !packed->residual.defined();
   Tensor g = parameter.grad();
   const bool sparse = g.is_sparse();
   TORCH_CHECK(!sparse || (binary && packed != nullptr), "DiodeMix: sparse gradients are taken by binary tables alone");
@@ -236,7 +237,7 @@ void DiodeMix::step_one(const Tensor& parameter, const DiodeMixOptions& o) {
       step_binary(signs_of(*packed), packed, g, state, o, back, projected);
     } else {
       const Tensor finite = projected ? Tensor() : g.isfinite();
-      const Tensor w = moved(packed->dequantize(torch::kFloat), g, state, o, back, finite);
+      const Tensor w = moved(packed->dequantize_fine(torch::kFloat), g, state, o, back, finite);
       packed->encode_(w, o.stochastic(), o.stochastic() ? drawn_seed() : 0);
     }
   } else if (binary) {

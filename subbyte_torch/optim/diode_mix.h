@@ -6,7 +6,7 @@
 //             eta = lr sqrt(1 - beta2^t) / (1 - beta1^t), or lr without correct_bias
 //             w <- w - eta m / (sqrt(v) + eps);  then w <- w - lr weight_decay w, on the updated w
 //   n-bit     (packed weights)  the same step on the values, which are encoded again on the weight's own grid
-//   binary    (packed weights of format "sign" without zeros or offsets; tensors in a group whose options say so)
+//   binary    (packed weights of format "sign" without zeros, offsets or residual; tensors in a group whose options say so)
 //             l <- l + (1 - beta1)(g - l);  s <- s + (1 - beta2)(lr sign(l) - s);  where -sign(s) is not sign(w), w <- -w
 //             s starts at -sign(w) delta, delta uniform in [0, 0.001); sign(0) of a weight and of -s is +1
 //   table     (binary with a sparse gradient)  s <- s + (1 - beta2)(lr sign(g) - s) and the flips, on the gradient's rows alone

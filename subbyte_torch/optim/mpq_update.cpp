@@ -158,6 +158,8 @@ void optim::mpq_update_(PackedWeight& weight, const torch::Tensor& grad, const t
                         const torch::Tensor& exp_avg_sq, int64_t step, const MpqUpdateOptions& o,
                         const std::function<torch::Tensor(const torch::Tensor&)>& project_back, const torch::Tensor& parent) {
   TORCH_CHECK_VALUE(step >= 1, "mpq_update_: step is ", step, ", expected at least 1");
+  TORCH_CHECK_VALUE(!weight.residual.defined(),
+                    "mpq_update_: weight has a residual, which the MPQ rule does not know: use drop_residual() first");
   TORCH_CHECK_VALUE(o.lr >= 0, "mpq_update_: lr is ", o.lr, ", expected at least 0");
   TORCH_CHECK_VALUE(o.zeros_every >= 0, "mpq_update_: zeros_every is ", o.zeros_every, ", expected at least 0");
   const torch::NoGradGuard no_grad;

@@ -163,7 +163,7 @@ void PackedAdamW::update(size_t group, int64_t position, torch::Tensor& param, c
                        w.group_size, grad, state.m(), optional(state.m_absmax()), state.v(), optional(state.v_absmax()),
                        options.lr(), beta1, beta2, options.eps(), options.weight_decay(), correction1, correction2,
                        options.seed(), position << 40 | state.step(), options.maximize(), grad_factor, std::nullopt,
-                       std::nullopt, std::nullopt, 0);
+                       std::nullopt, optional(w.residual), w.residual_bits);
     return;
   }
   if (!state.m().defined()) state.m(torch::zeros_like(param)).v(torch::zeros_like(param));

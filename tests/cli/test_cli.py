@@ -55,6 +55,7 @@ def test_version_and_help_exit_with_zero():
         ["quantize", "IN", "OUT", "--bits", "4", "--format", "uint4"],
         ["quantize", "IN", "OUT", "--bits", "4", "--group-size", "-3"],
         ["quantize", "IN", "OUT", "--bits", "4", "--scheme", "minmax", "--sym"],
+        ["quantize", "IN", "OUT", "--bits", "4", "--scheme", "midrise", "--sym"],
         ["quantize", "IN", "OUT", "--override", "nothing"],
         ["bench", "--shape", "12"],
         ["bench", "--formats", "uint9"],
@@ -101,6 +102,31 @@ def test_packed_weights_pass_through_exactly_unless_asked(model, tmp_path):
     assert first.read_bytes() == second.read_bytes()
     assert subbyte("quantize", first, third, "--bits", "2", "--requantize").returncode == 0
     assert formats(third)["embed.weight"] == ("uint2", 64)
+
+
+def test_mid_rise_grids_are_written_and_residual_planes_pass_through(model, tmp_path):
+    first, second, third = (tmp_path / n for n in ("1", "2", "3"))
+    assert subbyte("quantize", model, first, "--bits", "2", "--scheme", "midrise", "--override", "embed*=sign").returncode == 0
+    tensors = safetensors_numpy.load_file(first)
+    assert (tensors["layers.0.up.weight.zeros"] == 1.5).all() and "embed.weight.zeros" not in tensors
+    # A residual as training writes it: six more bits a weight.
+    seen = json.loads(safetensors_numpy_metadata(first)["subbyte"])
+    seen["weights"]["layers.0.up.weight"]["residual_bits"] = 6
+    tensors["layers.0.up.weight.residual"] = np.random.default_rng(3).integers(0, 256, (24, 48), np.uint8)
+    safetensors_numpy.save_file(tensors, second, {"subbyte": json.dumps(seen)})
+    done = subbyte("convert", second, third)
+    assert done.returncode == 0, done.stderr
+    again = safetensors_numpy.load_file(third)
+    assert again.keys() == tensors.keys() and all(np.array_equal(again[name], t) for name, t in tensors.items())
+    told = {t["name"]: t for t in json.loads(subbyte("inspect", third, "--json").stdout)["tensors"]}
+    assert told["layers.0.up.weight"]["residual_bits"] == 6 and told["layers.1.up.weight"]["residual_bits"] == 0
+    assert told["layers.0.up.weight"]["bits_per_weight"] == 2 + 6 + 2 * 16 / 64
+    assert "uint2 (+6 bits)" in subbyte("inspect", third).stdout
+
+
+def safetensors_numpy_metadata(path):
+    with open(path, "rb") as file:
+        return json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))["__metadata__"]
 
 
 def test_the_same_call_writes_the_same_bytes_on_any_number_of_threads(model, tmp_path):

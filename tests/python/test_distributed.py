@@ -305,9 +305,24 @@ def broadcast_copies_every_part(rank, folder):
         assert torch.equal(t, expected[name]), name
 
 
+def residuals_are_broadcast_and_stay_the_same(rank, folder):
+    net = DistributedDataParallel(model(seed=rank, bits=2, overrides={"*": {"residual_bits": 6}}))
+    if rank == 0:
+        expected = bits_of(model(seed=0, bits=2, overrides={"*": {"residual_bits": 6}}))
+        assert all(torch.equal(t, bits_of(net)[name]) for name, t in expected.items())
+    same_on_all_ranks(net)
+    start = bits_of(net)
+    train(net, subbyte.optim.PackedAdamW(net.parameters(), lr=2e-2), 3)
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), 3)
+    same_on_all_ranks(net)
+    assert not torch.equal(start["1.weight.residual"], bits_of(net)["1.weight.residual"])
+
+
 def other_formats_are_refused_on_every_rank(rank, folder):
     with pytest.raises(ValueError, match="the packed weights differ between ranks"):
         broadcast_(model(seed=0, bits=4 - rank))
+    with pytest.raises(ValueError, match="the packed weights differ between ranks"):
+        broadcast_(model(seed=0, bits=2, overrides={"1": {"residual_bits": 5 + rank}}))
 
 
 def ranks_that_round_for_themselves_drift_apart(rank, folder):
@@ -333,6 +348,7 @@ SCENARIOS = [
     sharded_weights_train_with_every_optimizer,
     torchs_own_fully_shard_and_odd_rows_are_refused,
     broadcast_copies_every_part,
+    residuals_are_broadcast_and_stay_the_same,
     other_formats_are_refused_on_every_rank,
     ranks_that_round_for_themselves_drift_apart,
 ]

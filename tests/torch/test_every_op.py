@@ -46,6 +46,7 @@ def cases(device):
     handle = torch.zeros((), device=device).expand(5, 13).detach().requires_grad_()
     weight = PackedWeight.from_float(w, bits=4, group_size=4)
     args = weight.packed_args
+    fine = PackedWeight.from_float(w, format="ternary", group_size=4, residual_bits=6)
     signs = PackedWeight.from_float(w, bits=1, group_size=13)
     trits = torch.tensor([-1.0, 0.0, 1.0, 1.0, -1.0, 0.0, 1.0, 0.0, 1.0, -1.0, 1.0, 1.0, 0.0], device=device).repeat(4, 1)
     ternary = F.pack_ternary(trits, randn(4, device=device).abs())
@@ -69,6 +70,7 @@ def cases(device):
         "codes_to_columns": ((args[0], "uint4", 13), {}, KEPT),
         "columns_to_codes": ((words, "uint4", 32), {}, KEPT),
         "dequantize": (args, {}, KEPT),
+        "dequantize_fine": ((*fine.packed_args, fine.residual, 6), {}, KEPT),
         "embedding": ((indices, handle, *args), {}, KEPT),
         "embedding_add_": ((args[0].clone(), *args[1:], rows, randn(2, 13, device=device)), {}, KEPT),
         "embedding_bag": ((indices, None, handle, *args), {}, KEPT),
@@ -78,6 +80,7 @@ def cases(device):
         "embedding_update_": ((signs.codes.clone(), rows, signs.codes[:2].clone(), 13), {}, KEPT),
         "encode": ((w.detach(), *args[1:6], 4), {}, KEPT),
         "encode_": ((args[0].clone(), w.detach(), *args[1:6], 4), {}, KEPT),
+        "encode_fine_": ((fine.codes.clone(), *fine.packed_args[1:], fine.residual.clone(), 6, w.detach()), {}, KEPT),
         "expand_second_level": ((blocks, randn(2, 3, 1, device=device), randn(2, 3, 1, device=device), 10, 4), {}, KEPT),
         "gptq_unpack_zeros": ((torch.tensor([[7, -9]], dtype=torch.int32, device=device), 4, 11), {}, KEPT),
         "linear": ((x, handle, *args, None), {}, HALF),

@@ -7,7 +7,7 @@ subbyte_torch/ops/embedding.h and the headers it names. Costs grow with look-ups
 import torch
 
 from .. import _library
-from ..packed_weight import PackedWeight, _draw_seed, _handle
+from ..packed_weight import PackedWeight, _add_rows_, _draw_seed, _handle
 from .packed import _expect_packed
 
 _ops = _library.load()
@@ -110,7 +110,8 @@ def embedding_update_(
 def embedding_add_(weight, rows, values, alpha=1.0, *, rounding="stochastic", seed=None, offset=0):
     """weight[rows[i]] += alpha * values[i] for a packed table of any format; other rows are not read.
 
-    The rows are encoded again on the scales they have; stochastic rounding keeps steps below one level in the mean.
+    The rows are encoded again on the scales they have, on the fine grid where there is a residual; stochastic rounding keeps
+    steps below one level in the mean.
 
     Args:
         rows: int64 [T], distinct. IndexError when one is outside the table.
@@ -119,7 +120,7 @@ def embedding_add_(weight, rows, values, alpha=1.0, *, rounding="stochastic", se
     """
     _expect_packed("embedding_add_", weight)
     seed = _draw_seed() if seed is None else seed
-    _ops.embedding_add_(*weight.packed_args, rows, values, alpha, rounding, seed, offset)
+    _add_rows_(weight, rows, values, alpha, rounding, seed, offset)
 
 
 def sparse_update_embedding_qweight(qweight, grad_weight, active_indices, mode="descent", embedding_dim=None):

@@ -45,7 +45,7 @@ def embedding(indices, weight, padding_idx=None, sparse=False):
 
 
 def dequantize(weight, dtype=None):
-    """The dense values [N, K] of a packed weight, without gradient."""
+    """The dense values [N, K] of a packed weight as it is deployed, without gradient."""
     if not isinstance(weight, PackedWeight):
         raise ValueError(f"dequantize: weight is {type(weight).__name__}, expected a PackedWeight")
     return weight.dequantize(dtype)
@@ -74,5 +74,10 @@ def permute_rows(weight, rows):
         raise ValueError(f"permute_rows: rows is {rows.dtype} {list(rows.shape)}, expected a vector of integers")
     parts = {name: part if name == "perm" else part.index_select(0, rows) for name, part in weight.parts.items()}
     return PackedWeight(
-        **parts, format=weight.format, in_features=weight.in_features, group_size=weight.group_size, dtype=weight.dtype
+        **parts,
+        format=weight.format,
+        in_features=weight.in_features,
+        group_size=weight.group_size,
+        residual_bits=weight.residual_bits,
+        dtype=weight.dtype,
     )

@@ -8,9 +8,10 @@ from ..packed_weight import PART_NAMES, PackedWeight
 
 
 class _PackedState:
-    """state_dict as plain tensors: weight.codes, weight.scales, weight.zeros or weight.offsets, weight.perm.
+    """state_dict as plain tensors: weight.codes, weight.scales, weight.zeros or weight.offsets, weight.perm, weight.residual.
 
-    Format and group size are no tensors: they go into the state_dict's metadata, and a module loads only what fits its own.
+    Format, group size and residual bits are no tensors: they go into the state_dict's metadata, and a module loads only what
+    fits its own. A residual is part of the state: a checkpoint with one and a module without do not fit (drop_residuals_).
     """
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -27,8 +28,7 @@ class _PackedState:
             self._parameters.update(parameters)
         if hasattr(destination, "_metadata"):
             destination._metadata.setdefault(prefix[:-1], {})["subbyte"] = {
-                name: {"format": w.format, "in_features": w.in_features, "group_size": w.group_size}
-                for name, w in packed.items()
+                name: _described(w) for name, w in packed.items()
             }
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -64,9 +64,15 @@ class _PackedState:
             self._parameters.update({name: loaded[name] for name in parameters})
 
 
+def _described(weight):
+    """What the parts do not say; residual_bits only where there are such, as in files of before there were residuals."""
+    described = {"format": weight.format, "in_features": weight.in_features, "group_size": weight.group_size}
+    return {**described, "residual_bits": weight.residual_bits} if weight.residual_bits else described
+
+
 def _load_parts(weight, given, recorded, assign):
     """The weight with the given parts: itself after copying, or with `assign` a new parameter around them."""
-    own = {"format": weight.format, "in_features": weight.in_features, "group_size": weight.group_size}
+    own = _described(weight)
     for what, value in (recorded or {}).items():
         if own.get(what) != value:
             raise ValueError(f"{what} is {value!r} in the checkpoint and {own.get(what)!r} in the module")
@@ -95,7 +101,11 @@ def _packing_repr(weight):
     if not isinstance(weight, PackedWeight):
         return ""
     kind = "zeros" if weight.zeros is not None else "offsets" if weight.offsets is not None else "sym"
-    return f", format={weight.format}, group_size={weight.group_size}, {kind}, bits_per_weight={weight.bits_per_weight:.4g}"
+    residual = f", residual_bits={weight.residual_bits}" if weight.residual_bits else ""
+    return (
+        f", format={weight.format}, group_size={weight.group_size}, {kind}{residual}, "
+        f"bits_per_weight={weight.bits_per_weight:.4g}"
+    )
 
 
 class Linear(_PackedState, torch.nn.Linear):
@@ -104,7 +114,7 @@ class Linear(_PackedState, torch.nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in torch.nn.Linear; the initial values are the same, rounded.
         bits, format: one of them.
-        group_size, sym, scheme, zero_kind, scale_dtype: as in PackedWeight.from_float.
+        group_size, sym, scheme, zero_kind, scale_dtype, residual_bits: as in PackedWeight.from_float.
         activation_bits: 8 rounds the input to int8 a row; None keeps it as it is.
     """
 
@@ -123,6 +133,7 @@ class Linear(_PackedState, torch.nn.Linear):
         scheme=None,
         zero_kind=None,
         scale_dtype=None,
+        residual_bits=0,
         activation_bits=None,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -135,6 +146,7 @@ class Linear(_PackedState, torch.nn.Linear):
             scheme=scheme,
             zero_kind=zero_kind,
             scale_dtype=scale_dtype,
+            residual_bits=residual_bits,
         )
 
     def _pack(self, activation_bits, **packing):
@@ -186,7 +198,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
         num_embeddings, embedding_dim, padding_idx, device, dtype: as in torch.nn.Embedding.
         sparse: the gradient is a sparse COO tensor of the rows that the batch named, so that a step costs what was looked up:
             torch.optim.SGD and subbyte.optim read and write these rows alone. Otherwise it is dense.
-        bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
+        bits, format, group_size, sym, scheme, zero_kind, scale_dtype, residual_bits: as in Linear.
     """
 
     def __init__(
@@ -205,6 +217,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
         scheme=None,
         zero_kind=None,
         scale_dtype=None,
+        residual_bits=0,
     ):
         super().__init__(num_embeddings, embedding_dim, padding_idx, sparse=sparse, device=device, dtype=dtype)
         self._pack(
@@ -215,6 +228,7 @@ class Embedding(_PackedState, torch.nn.Embedding):
             scheme=scheme,
             zero_kind=zero_kind,
             scale_dtype=scale_dtype,
+            residual_bits=residual_bits,
         )
 
     def _pack(self, **packing):
@@ -254,7 +268,7 @@ class EmbeddingBag(_PackedState, torch.nn.EmbeddingBag):
     Args:
         num_embeddings, embedding_dim, mode, sparse, padding_idx, device, dtype: as in torch.nn.EmbeddingBag; mode is "mean" or
             "sum". With sparse the gradient is a sparse COO tensor of the rows that the batch named.
-        bits, format, group_size, sym, scheme, zero_kind, scale_dtype: as in Linear.
+        bits, format, group_size, sym, scheme, zero_kind, scale_dtype, residual_bits: as in Linear.
 
     forward(indices, offsets=None, per_sample_weights=None), as torch's; formula: functional.embedding_bag. BinaryEmbeddingBag
     takes majorities of bits.
@@ -277,13 +291,15 @@ class EmbeddingBag(_PackedState, torch.nn.EmbeddingBag):
         scheme=None,
         zero_kind=None,
         scale_dtype=None,
+        residual_bits=0,
     ):
         _check_bag_mode(mode)
         super().__init__(
             num_embeddings, embedding_dim, mode=mode, sparse=sparse, padding_idx=padding_idx, device=device, dtype=dtype
         )
         packing = dict(bits=bits, format=format, group_size=group_size, sym=sym, scheme=scheme, zero_kind=zero_kind)
-        self.weight = torch.nn.Parameter(PackedWeight.from_float(self.weight, **packing, scale_dtype=scale_dtype))
+        packing.update(scale_dtype=scale_dtype, residual_bits=residual_bits)
+        self.weight = torch.nn.Parameter(PackedWeight.from_float(self.weight, **packing))
 
     @classmethod
     def from_float(cls, bag, **packing):

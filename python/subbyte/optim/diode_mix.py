@@ -30,10 +30,11 @@ class DiodeMix(torch.optim.Optimizer):
         w <- w - eta m / (sqrt(v) + eps);  then w <- w - lr weight_decay w, on the updated w
         eps is added to the uncorrected sqrt(v).
     nbit (PackedWeight; integer tensors that have a gradient):
-        the same step on the values, which then go back onto the weight's own grid, rounded as `rounding` says. Nearest
+        the same step on the values, which then go back onto the weight's own grid (the fine one where it has a residual),
+        rounded as `rounding` says. Nearest
         rounding loses every step below half a level. An integer tensor q stands for scale * q; the scale is kept as state (in
         the attribute `scale` of the parameter where it has one) and follows max|w|.
-    binary (PackedWeight of format "sign" without zeros; other tensors in a group with rule="binary"):
+    binary (PackedWeight of format "sign" without zeros and residual; other tensors in a group with rule="binary"):
         l <- l + (1 - beta1)(g - l);  s <- s + (1 - beta2)(lr sign(l) - s);  where -sign(s) differs from sign(w), w <- -w. s
         starts at -sign(w) delta, delta uniform in [0, 0.001). sign(0) of a weight is +1, of -s too. eps, correct_bias unused.
     binary table (the same with a sparse gradient, as of nn.BinaryEmbedding):
@@ -201,7 +202,8 @@ class DiodeMix(torch.optim.Optimizer):
                 return _nbit
             return {"ordinary": _ordinary, "binary": _binary, "nbit": _nbit}[group["rule"]]
         if isinstance(p, PackedWeight):
-            return _binary if p.format == "sign" and p.zeros is None and p.offsets is None else _nbit
+            binary = p.format == "sign" and p.zeros is None and p.offsets is None and p.residual is None
+            return _binary if binary else _nbit
         return _ordinary if p.is_floating_point() else _nbit
 
 
@@ -268,10 +270,8 @@ def _nbit(p, g, state, group, projector):
     if isinstance(p, PackedWeight):
         if p.transposed:
             raise ValueError("DiodeMix: the parameter is a transposed view of a PackedWeight")
-        w = _moved(p.dequantize(torch.float32).to(dtype), g, state, group, projector, _finite(g, projector))
-        seed = _draw_seed() if group["rounding"] == "stochastic" else 0
-        parts = (p.scales, p.zeros, p.offsets, p.perm)
-        _ops.encode_(p.codes, w, *parts, p.format, p.group_size, group["rounding"], seed, 0)
+        w = _moved(p.dequantize_fine(torch.float32).to(dtype), g, state, group, projector, _finite(g, projector))
+        p._encode_(w, group["rounding"], _draw_seed() if group["rounding"] == "stochastic" else 0)
         return
     if p.is_floating_point():
         raise ValueError(f"DiodeMix: rule 'nbit' on a {p.dtype} tensor, expected a PackedWeight or an integer tensor")
@@ -300,6 +300,8 @@ def _signs_and_writer(p, rows=None):
             data.copy_(torch.where(mask, torch.where(data == 0, -small, -data), data))
 
         return signs, flip
+    if p.residual is not None:
+        raise ValueError("DiodeMix: rule 'binary' flips whole weights and has no use for a residual: drop_residual() first")
     codes = p.codes if rows is None else p.codes.index_select(0, rows)
     scales = p.scales if rows is None else p.scales.index_select(0, rows)
     bits = _ops.unpack(codes, "sign", p.in_features)

@@ -92,7 +92,7 @@ class _PackedOptimizer(torch.optim.Optimizer):
                        of the scale. State: 8 bytes each a group, 12 where they have 16 bits.
         "reestimated"  every reestimate_every-th step is taken on a fine grid without ends, and scales and zeros or offsets are
                        chosen anew for the stepped values, by `scheme` ("minmax", "absmax", "absmean"; None: the one that
-                       quantization uses by default).
+                       quantization uses by default). Not for weights with a residual plane, whose grid is nested in this one.
     """
 
     _betas_of_scales = (0.9, 0.999)
@@ -154,6 +154,8 @@ class _PackedOptimizer(torch.optim.Optimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), device=p.device if group["capturable"] else "cpu")
             tail = {"maximize": group["maximize"], "grad_factor": grad_factor, "seed": seed}
+            if p.residual is not None:
+                tail.update(residual=p.residual, residual_bits=p.residual_bits)
             state["step"] += 1
             if group["capturable"]:
                 tail["counter"] = state["step"].long()
@@ -168,8 +170,11 @@ class _PackedOptimizer(torch.optim.Optimizer):
             rows, kept = grad.indices()[0], {k: t for k, t in state.items() if k != "step" and isinstance(t, torch.Tensor)}
             named = _Rows(p, lambda part: part.index_select(0, rows))
             some = {**state, **{k: t.index_select(0, rows) for k, t in kept.items()}}
-            self._step_rows(group, named, grad.values(), some, offset, tail)
             written = [(p.codes, named.codes), *((t, some[k]) for k, t in kept.items())]
+            if p.residual is not None:
+                tail["residual"] = p.residual.index_select(0, rows)
+                written.append((p.residual, tail["residual"]))
+            self._step_rows(group, named, grad.values(), some, offset, tail)
             if group["scales"] != "fixed":
                 written += [(getattr(p, name), getattr(named, name)) for name in ("scales", "zeros", "offsets")]
             for whole, part in written:
@@ -217,6 +222,8 @@ class _PackedOptimizer(torch.optim.Optimizer):
         return 0.0, (1.0, 1.0), torch.stack([rate, *(1 - beta**step for beta in betas)]).float()
 
     def _step_and_choose_grid(self, group, w, grad, state, offset, tail):
+        if "residual" in tail:
+            raise ValueError("scales is 'reestimated', expected 'fixed' or 'trained' for a weight with a residual plane")
         kind = "zeros" if w.zeros is not None else "offsets" if w.offsets is not None else "fixed"
         scheme, _ = default_scheme(w.format, kind == "fixed", group["scheme"], kind)
         block = max(1, _BLOCK_ELEMS // max(1, w.in_features))

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) choose_kernel(const __grid_constant__ Qua
         lo = v < lo ? v : lo;
         hi = v > hi ? v : hi;
       }
-      if (p.scheme == Scheme::kAbsMean) {
+      if (wants_magnitude(p.scheme)) {
         const double own = fabs(double(v));
         const int count = int(min_i64(32, end - k0));
         for (int j = 0; j < count; ++j) magnitude += __shfl_sync(~0u, own, j);
@@ -55,11 +55,11 @@ __global__ void __launch_bounds__(256) choose_kernel(const __grid_constant__ Qua
     }
     finite = __all_sync(~0u, finite);
     if (lane != 0) continue;
-    float scale = choose_scale(p.scheme, p.out.zero_kind, f, lo, hi, magnitude, end - begin);
+    float scale = choose_scale(p.scheme, p.out.zero_kind, f, lo, hi, magnitude, end - begin, p.out.k);
     if (!finite) scale = __int_as_float(0x7fffffff);
     store_float(p.scales, p.out.scale_dtype, i, scale);
     const float stored = load_float(p.scales, p.out.scale_dtype, i);
-    if (p.zeros != nullptr) store_float(p.zeros, p.out.zero_dtype, i, choose_zero(p.out.zero_kind, f, lo, stored));
+    if (p.zeros != nullptr) store_float(p.zeros, p.out.zero_dtype, i, choose_zero(p.scheme, p.out.zero_kind, f, lo, stored));
   }
 }
 

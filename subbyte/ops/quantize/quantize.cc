@@ -53,7 +53,10 @@ Scheme scheme_from_name(std::string_view name) {
   if (name == "minmax") return Scheme::kMinMax;
   if (name == "absmax") return Scheme::kAbsMax;
   if (name == "absmean") return Scheme::kAbsMean;
-  throw std::invalid_argument(detail::concat("scheme '", name, "' is unknown, expected minmax, absmax or absmean"));
+  if (name == "midrise") return Scheme::kMidRise;
+  if (name == "fan_in") return Scheme::kFanIn;
+  throw std::invalid_argument(
+      detail::concat("scheme '", name, "' is unknown, expected minmax, absmax, absmean, midrise or fan_in"));
 }
 
 Rounding rounding_from_name(std::string_view name) {
@@ -62,9 +65,19 @@ Rounding rounding_from_name(std::string_view name) {
   throw std::invalid_argument(detail::concat("rounding '", name, "' is unknown, expected nearest or stochastic"));
 }
 
+bool scheme_takes(Scheme scheme, ZeroKind kind, const RowLayout& layout) {
+  if (scheme == Scheme::kMinMax) return kind != ZeroKind::kFixed;
+  if (scheme != Scheme::kMidRise && scheme != Scheme::kFanIn) return kind == ZeroKind::kFixed;
+  if (kind != ZeroKind::kFixed) return kind == ZeroKind::kZeros;
+  for (int i = 0; i < layout.segment_count; ++i)
+    if (const Format f = layout.segments[i].format; 2 * format_fixed_zero(f) != float(format_levels(f) - 1)) return false;
+  return true;
+}
+
 bool check_quantize_sizes(const QuantizeParams& p) {
-  check_arg((p.scheme == Scheme::kMinMax) == (p.out.zero_kind != ZeroKind::kFixed),
-            "quantize: scheme minmax needs zeros or offsets, absmax and absmean need neither");
+  check_arg(scheme_takes(p.scheme, p.out.zero_kind, p.out.layout),
+            "quantize: scheme minmax needs zeros or offsets, absmax and absmean need neither, midrise and fan_in need zeros "
+            "(or neither for sign and ternary)");
   return check_common(p, with_outputs(p).out, "quantize");
 }
 

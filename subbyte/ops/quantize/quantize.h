@@ -10,6 +10,13 @@
 //   kAbsMax   the smallest scale that clips nothing around the fixed zero z: max(hi / (levels - 1 - z), -lo / z). kFixed only.
 //   kAbsMean  sign: 2 * mean|v|; ternary: mean|v| (BitNet b1.58, Ma et al. 2024); uint b: 2 * mean|v| / sqrt(2^(b-1) - 1)
 //             (LSQ, Esser et al. 2020, section 2.1). kFixed only. The mean is formed in double.
+//   kMidRise  scale = step(levels) * mean|v| around the middle of the levels, zero = (levels - 1) / 2: 0 lies between two codes
+//             (for ternary on the middle one), and codes q and levels - 1 - q are opposite values. step(levels) is the best one
+//             for a normal distribution (Max 1960, table II), whose deviation is sqrt(pi / 2) mean|v|.
+//   kFanIn    the same grid reaching to R = c / sqrt(K), scale = 2 R / levels, whatever the values are: room for weights that
+//             start as U(-1, 1) / sqrt(K), as those of torch.nn.Linear do, and are to be trained. c = 2, 3, 2, 2.5, 3, 3.25,
+//             3.5, 3.75, 4 for sign, ternary, 2 .. 8 bits.
+//             kMidRise and kFanIn: kZeros, or kFixed for formats whose fixed zero is (levels - 1) / 2, sign and ternary.
 //   A scale, zero or offset that is zero is +0. The scale (and offset, zero) is rounded to its storage dtype first; codes are
 //   chosen on the rounded grid. A group whose values are all equal gets scale 0 under kMinMax with offsets (the offset is
 //   exact); an all-zero group gets scale 0 otherwise. Codes of a group of scale 0 are rint(zero), 0 with offsets.
@@ -33,12 +40,14 @@
 
 namespace subbyte {
 
-enum class Scheme : uint8_t { kMinMax, kAbsMax, kAbsMean };
+enum class Scheme : uint8_t { kMinMax, kAbsMax, kAbsMean, kMidRise, kFanIn };
 enum class Rounding : uint8_t { kNearest, kStochastic };
 
-// "minmax", "absmax", "absmean" and back; "nearest", "stochastic" and back. Throw std::invalid_argument listing the names.
+// "minmax", "absmax", "absmean", "midrise", "fan_in"; "nearest", "stochastic". Throw std::invalid_argument listing the names.
 Scheme scheme_from_name(std::string_view name);
 Rounding rounding_from_name(std::string_view name);
+// Whether the scheme chooses scales for this kind of zero.
+bool scheme_takes(Scheme scheme, ZeroKind kind, const RowLayout& layout);
 
 struct QuantizeParams {
   const void* w = nullptr;

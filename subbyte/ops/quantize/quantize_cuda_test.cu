@@ -80,10 +80,12 @@ TEST(QuantizeCuda, ChoosesAndEncodesTheReferencesBitsUnderEverySchemeAndKind) {
   Random r(5);
   int i = 0;
   for (const testing::MatrixCase& c : testing::matrix_cases(false)) {
-    switch (i % 4) {
+    switch (i % 6) {
       case 0: compare(r, c, Scheme::kMinMax, ZeroKind::kZeros, i); break;
       case 1: compare(r, c, Scheme::kMinMax, ZeroKind::kOffsets, i); break;
       case 2: compare(r, c, Scheme::kAbsMax, ZeroKind::kFixed, i); break;
+      case 3: compare(r, c, Scheme::kMidRise, ZeroKind::kZeros, i); break;
+      case 4: compare(r, c, Scheme::kFanIn, ZeroKind::kZeros, i); break;
       default: compare(r, c, Scheme::kAbsMean, ZeroKind::kFixed, i); break;
     }
     if (HasFatalFailure()) return;

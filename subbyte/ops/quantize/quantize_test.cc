@@ -102,8 +102,8 @@ TEST_P(QuantizeKernelTest, ChoosesScalesAndZerosWithTheBitsOfTheReferenceAndTouc
       if (block == 2) store_float(w.data(), t, i, i % 2 == 0 ? 0.0f : -0.0f);
       if (block == 3) store_float(w.data(), t, i, std::fabs(load_float(w.data(), t, i)));
     }
-    for (Scheme scheme : {Scheme::kMinMax, Scheme::kAbsMax, Scheme::kAbsMean}) {
-      if ((scheme == Scheme::kMinMax) != (shape.zero_kind != ZeroKind::kFixed)) continue;
+    for (Scheme scheme : {Scheme::kMinMax, Scheme::kAbsMax, Scheme::kAbsMean, Scheme::kMidRise, Scheme::kFanIn}) {
+      if (!scheme_takes(scheme, shape.zero_kind, m.w.layout)) continue;
       const int64_t count = m.w.n * m.w.groups();
       const bool fixed = shape.zero_kind == ZeroKind::kFixed;
       GuardedBuffer<uint8_t> scales(count * dtype_bytes(m.w.scale_dtype)), want_scales(scales.size());
@@ -319,6 +319,38 @@ TEST(Quantize, EachSchemeKeepsItsPromiseForEveryFormat) {
   }
 }
 
+TEST(Quantize, MidRiseGridsAreSymmetricAndAsWideAsTheirSchemesSay) {
+  const int64_t n = 200, k = 256;
+  std::mt19937 rng(11);
+  std::normal_distribution<float> normal(0.0f, 0.3f);
+  std::vector<float> values(size_t(n * k));
+  for (float& v : values) v = normal(rng);
+  const struct {
+    const char* format;
+    double levels, c, squared_error;  // of Max's quantizer of a normal distribution of deviation 1 (1960, table II)
+  } formats[] = {{"sign", 2, 2, 0.3634},       {"ternary", 3, 3, 0.1902},      {"uint2", 4, 2, 0.1188},
+                 {"uint3", 8, 2.5, 0.03744},   {"uint4", 16, 3, 0.01154},      {"uint5", 32, 3.25, 0.003495},
+                 {"uint6", 64, 3.5, 0.001040}, {"uint7", 128, 3.75, 3.043e-4}, {"uint8", 256, 4, 8.769e-5}};
+  for (const auto& f : formats) {
+    SCOPED_TRACE(f.format);
+    const bool fixed = f.levels < 4;
+    const MatrixShape shape{f.format, n, k, k, fixed ? ZeroKind::kFixed : ZeroKind::kZeros};
+    const Quantized fan_in = quantized(values, shape, Scheme::kFanIn), mid_rise = quantized(values, shape, Scheme::kMidRise);
+    for (int64_t row = 0; row < n; ++row) {
+      EXPECT_FLOAT_EQ(load_float(fan_in.w.scales, DType::kF32, row), float(2 * f.c / (f.levels * 16)));
+      if (!fixed) {
+        ASSERT_EQ(load_float(fan_in.w.zeros, DType::kF32, row), float(f.levels - 1) / 2);
+        ASSERT_EQ(load_float(mid_rise.w.zeros, DType::kF32, row), float(f.levels - 1) / 2);
+      }
+    }
+    // Groups of 256 know the deviation to about 5 %, which costs a few percent of error; another width would cost far more.
+    const std::vector<float> back = dequantized(mid_rise.w);
+    double sum = 0;
+    for (size_t i = 0; i < values.size(); ++i) sum += (back[i] - values[i]) * double(back[i] - values[i]);
+    EXPECT_NEAR(sum / double(n * k) / 0.09, f.squared_error, 0.06 * f.squared_error);
+  }
+}
+
 TEST(Encode, SignOfZeroIsPlusOneAndTiesGoToEven) {
   RandomMatrix sign({"sign", 1, 4, 4}, 1), uint2({"uint2", 1, 5, 5}, 1);
   const float one = 1.0f;
@@ -454,7 +486,10 @@ TEST(Quantize, SchemesAndZeroKindsThatDoNotGoTogetherAndOverflowsAreRefused) {
   EXPECT_NO_THROW(quantized(values, {"uint4", 1, 40, 8, ZeroKind::kOffsets}, Scheme::kMinMax));
   EXPECT_NO_THROW(quantized({}, {"uint4", 0, 40, 8, ZeroKind::kOffsets}, Scheme::kMinMax));
   EXPECT_NO_THROW(quantized({}, {"uint4", 3, 0, 8, ZeroKind::kOffsets}, Scheme::kMinMax));
-  for (const char* name : {"minmax", "absmax", "absmean"}) EXPECT_NO_THROW(scheme_from_name(name));
+  EXPECT_THROW(quantized(values, {"uint4", 1, 40, 8, ZeroKind::kFixed}, Scheme::kMidRise), std::invalid_argument);
+  EXPECT_THROW(quantized(values, {"uint4", 1, 40, 8, ZeroKind::kOffsets}, Scheme::kFanIn), std::invalid_argument);
+  EXPECT_THROW(quantized(values, {"sign", 1, 40, 8, ZeroKind::kOffsets}, Scheme::kMidRise), std::invalid_argument);
+  for (const char* name : {"minmax", "absmax", "absmean", "midrise", "fan_in"}) EXPECT_NO_THROW(scheme_from_name(name));
   EXPECT_THROW(scheme_from_name("max"), std::invalid_argument);
   EXPECT_EQ(rounding_from_name("stochastic"), Rounding::kStochastic);
   EXPECT_THROW(rounding_from_name("up"), std::invalid_argument);

@@ -39,12 +39,12 @@ bool choose_rows(const QuantizeParams& p, int64_t row_begin, int64_t row_end) no
         hi = v > hi ? v : hi;
         magnitude += std::fabs(double(v));
       }
-      const float scale = choose_scale(p.scheme, o.zero_kind, f, lo, hi, magnitude, end - begin);
+      const float scale = choose_scale(p.scheme, o.zero_kind, f, lo, hi, magnitude, end - begin, o.k);
       store_float(p.scales, o.scale_dtype, i, scale);
       const float stored = load_float(p.scales, o.scale_dtype, i);
       finite = finite && std::isfinite(stored);
       if (p.zeros != nullptr) {
-        store_float(p.zeros, o.zero_dtype, i, choose_zero(o.zero_kind, f, lo, stored));
+        store_float(p.zeros, o.zero_dtype, i, choose_zero(p.scheme, o.zero_kind, f, lo, stored));
         finite = finite && std::isfinite(load_float(p.zeros, o.zero_dtype, i));
       }
     }

@@ -147,7 +147,7 @@ bool choose_rows_with(const QuantizeParams& p, int64_t row_begin, int64_t row_en
           lo = hi = values[j];
           magnitude = 0;
         }
-        if (p.scheme == Scheme::kAbsMean) {  // one sum in stored order: the order is part of the rule
+        if (wants_magnitude(p.scheme)) {  // one sum in stored order: the order is part of the rule
           for (; j < end; ++j) magnitude += __builtin_fabs(double(values[j]));
         } else {
           typename V::F low = V::set(lo), high = V::set(hi);
@@ -167,11 +167,11 @@ bool choose_rows_with(const QuantizeParams& p, int64_t row_begin, int64_t row_en
         const Format f = segment_of(o.layout, group_begin).format;
         const int64_t at = n * groups + g;
         store_float(p.scales, o.scale_dtype, at,
-                    choose_scale(p.scheme, o.zero_kind, f, lo, hi, magnitude, group_end - group_begin));
+                    choose_scale(p.scheme, o.zero_kind, f, lo, hi, magnitude, group_end - group_begin, o.k));
         const float stored = load_float(p.scales, o.scale_dtype, at);
         finite = finite && __builtin_isfinite(stored);
         if (p.zeros == nullptr) continue;
-        store_float(p.zeros, o.zero_dtype, at, choose_zero(o.zero_kind, f, lo, stored));
+        store_float(p.zeros, o.zero_dtype, at, choose_zero(p.scheme, o.zero_kind, f, lo, stored));
         finite = finite && __builtin_isfinite(load_float(p.zeros, o.zero_dtype, at));
       }
     }
