@@ -238,3 +238,27 @@ def test_a_transposed_view_is_refused():
     w.grad = torch.zeros(D, V)
     with pytest.raises(ValueError, match="transposed"):
         PackedAdamW([w]).step()
+
+
+@pytest.mark.parametrize("optimizer", [PackedAdamW, PackedLion])
+def test_rows_of_a_sparse_gradient_step_with_their_residual(optimizer, device):
+    values = torch.randn(9, 40, device=device)
+    packing = {"bits": 2, "residual_bits": 6, "group_size": 8, "scheme": "midrise"}
+    every, named = (torch.nn.Parameter(PackedWeight.from_float(values, **packing)) for _ in range(2))
+    rows = torch.tensor([7, 2], device=device)
+    gradient = torch.randn(2, 40, device=device)
+    before = {name: part.clone() for name, part in named.parts.items()}
+    named.grad = torch.sparse_coo_tensor(rows[None], gradient, (9, 40))
+    optimizer([named], lr=1e-2).step()
+    # The same rows as a table of their own, in the order of their numbers.
+    own = PackedWeight.from_float(values, **packing)
+    own = torch.nn.Parameter(own._map_parts(lambda part: part.index_select(0, rows.sort()[0])))
+    own.grad = gradient.index_select(0, rows.argsort())
+    optimizer([own], lr=1e-2).step()
+    for name in ("codes", "residual"):
+        part = getattr(named, name)
+        assert torch.equal(part.index_select(0, rows.sort()[0]), getattr(own, name))
+        rest = [n for n in range(9) if n not in (2, 7)]
+        assert torch.equal(part[rest], before[name][rest])
+    assert not torch.equal(named.residual, before["residual"])
+    assert torch.equal(every.codes, before["codes"])

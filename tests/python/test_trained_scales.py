@@ -219,3 +219,11 @@ def test_trained_scales_take_the_stated_state_and_wrong_options_are_refused(devi
         optimizer = PackedAdamW([symmetric], scales="reestimated", reestimate_every=1, scheme="minmax")
         symmetric.grad = torch.randn(N, K, device=device)
         optimizer.step()
+
+
+def test_a_grid_under_a_residual_is_not_chosen_anew():
+    packed = PackedWeight.from_float(torch.randn(4, 16), bits=2, residual_bits=6, group_size=8, scheme="midrise")
+    w = torch.nn.Parameter(packed)
+    w.grad = torch.randn(4, 16)
+    with pytest.raises(ValueError, match="scales is 'reestimated', expected 'fixed' or 'trained' for a weight with a residual"):
+        PackedAdamW([w], scales="reestimated", reestimate_every=1).step()
