@@ -14,19 +14,20 @@ import os
 import tempfile
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 
+from . import _library
 from .nn.packed import _described
-from .packed_weight import PART_NAMES, PackedWeight
+from .packed_weight import PackedWeight
 
+_ops = _library.load()
 VERSION = 1
 _KEY = "subbyte"
 
 
 class FormatError(ValueError):
-    """A file that is not what it says it is: truncated, damaged, of an unknown kind. The text names the file and the fault."""
+    """A file that is not what it says it is: truncated, damaged, of an unknown kind. The text names file, tensor and fault."""
 
 
 class TensorFile(dict):
@@ -127,88 +128,35 @@ def save(model_or_tensors, path, metadata=None):
         safetensors.torch.save_file(flat, temporary, metadata)
 
 
+def call_reader(function, *args):
+    """Calls one of the library's file operators; its errors about the file as FormatError."""
+    try:
+        return function(*args)
+    except RuntimeError as error:
+        raise FormatError(str(error).split("\nException raised from")[0]) from None
+
+
 def load(path, device="cpu"):
     """Reads a native checkpoint, or any safetensors file: a file, an index of shards, or the folder that holds one.
 
-    Returns a TensorFile: names to tensors and PackedWeights. FormatError for a damaged file or an unknown version.
+    Returns a TensorFile: names to tensors and PackedWeights. FormatError for a damaged file or an unknown version, naming
+    tensor and byte offset; nothing is returned in part.
     """
-    out = TensorFile()
-    tied = {}
-    for file in _shards(Path(path)):
-        try:
-            with safetensors.safe_open(file, framework="pt", device=str(device)) as opened:
-                metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (safetensors.SafetensorError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise FormatError(f"{file}: {error}") from None
-        if _KEY in metadata:
-            tied.update(_unpack_described(file, metadata.pop(_KEY), tensors))
-        for name in tensors:
-            if name in out:
-                raise FormatError(f"{file}: tensor '{name}' is also in another shard")
-        out.update(tensors)
-        out.metadata.update({k: v for k, v in metadata.items() if k not in out.metadata})
-    for name, other in tied.items():
-        if other not in out or name in out:
-            raise FormatError(
-                f"{path}: metadata '{_KEY}': '{name}' is tied to '{other}', which "
-                f"{'is stored too' if name in out else 'the file does not hold'}"
-            )
-        out[name] = out[other]
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"load: {path} does not exist")
+    text, tensors = call_reader(_ops.checkpoint_load, path)
+    index, tensors = json.loads(text), iter(tensors)
+    out = TensorFile(metadata=index["metadata"])
+    for told in index["tensors"]:
+        packed = told["packed"]
+        if packed is None:
+            out[told["name"]] = next(tensors).to(device)
+        else:
+            parts = {name: next(tensors).to(device) for name in packed.pop("parts")}
+            out[told["name"]] = PackedWeight(**parts, **packed)
+    out.update({name: out[other] for name, other in index["tied"].items()})
     return out
-
-
-def _shards(path):
-    if path.is_dir():
-        path = (
-            next((p for p in (path / "model.safetensors.index.json", path / "model.safetensors") if p.exists()), None)
-            or path / "model.safetensors"
-        )
-    if not path.name.endswith(".index.json"):
-        return [path]
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise FormatError(f"{path}: is not an index with a weight_map") from None
-    for name in names:
-        if not isinstance(name, str) or "/" in name:
-            raise FormatError(f"{path}: '{name}' is not a file name of this folder")
-    return [path.parent / name for name in names]
-
-
-def _unpack_described(file, text, tensors):
-    """Replaces the parts of each described weight in `tensors` by a PackedWeight; returns the tied names."""
-    where = f"{file}: metadata '{_KEY}'"
-    try:
-        description = json.loads(text)
-        version, weights, tied = description["version"], description.get("weights", {}), description.get("tied", {})
-        if version != VERSION:
-            raise FormatError(f"{where}: version is {version}, this reader knows version {VERSION}")
-        for name, told in weights.items():
-            names = [p for p in PART_NAMES if p != "residual" or told.get("residual_bits", 0) != 0]
-            parts = {p: tensors.pop(f"{name}.{p}") for p in names if f"{name}.{p}" in tensors}
-            for needed in ("codes", "scales"):
-                if needed not in parts:
-                    raise FormatError(f"{where}: weight '{name}': the file has no tensor '{name}.{needed}'")
-            if name in tensors:
-                raise FormatError(f"{where}: weight '{name}' is stored dense and packed")
-            try:
-                tensors[name] = PackedWeight(
-                    **parts,
-                    format=told["format"],
-                    in_features=told["in_features"],
-                    group_size=told["group_size"],
-                    residual_bits=told.get("residual_bits", 0),
-                )
-            except (ValueError, RuntimeError) as error:
-                raise FormatError(f"{where}: weight '{name}': {error}") from None
-        return dict(tied)
-    except FormatError:
-        raise
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise FormatError(f"{where}: is damaged ({type(error).__name__}: {error})") from None
 
 
 @torch.no_grad()

@@ -4,19 +4,10 @@ import json
 import os
 
 from . import _library
-from .checkpoint import FormatError, TensorFile
+from .checkpoint import TensorFile, call_reader
 from .packed_weight import PackedWeight
 
 _ops = _library.load()
-
-
-def _call(function, *args):
-    """The reader's errors as FormatError; a file that is not there as FileNotFoundError."""
-    try:
-        return function(*args)
-    except RuntimeError as error:
-        text = str(error).split("\nException raised from")[0]
-        raise FormatError(text) from None
 
 
 def load_gguf(path):
@@ -31,11 +22,11 @@ def load_gguf(path):
     path = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"load_gguf: {path} does not exist")
-    index = json.loads(_call(_ops.gguf_index, path))
+    index = json.loads(call_reader(_ops.gguf_index, path))
     out = TensorFile(metadata=index["metadata"])
     out.types = {told["name"]: told["type"] for told in index["tensors"]}
     for told in index["tensors"]:
-        parts = _call(_ops.gguf_tensor, path, told["name"])
+        parts = call_reader(_ops.gguf_tensor, path, told["name"])
         packed = told["packed"]
         if packed is None:
             out[told["name"]] = parts[0]

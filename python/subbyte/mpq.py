@@ -349,7 +349,8 @@ def mpq_update_(
         rounding: "stochastic", unbiased, with seed and offset (None: the step) as its only source of randomness; or "nearest",
             which drops every step below half a level.
 
-    ValueError names an argument that does not fit.
+    ValueError names an argument that does not fit, before anything changes. A NaN or infinite gradient is one on the CPU; on a
+    GPU, which is not waited for, such an element keeps its moments and has no step.
     """
     if not isinstance(weight, PackedWeight):
         raise ValueError(f"mpq_update_: weight is {type(weight).__name__}, expected a PackedWeight")
@@ -365,7 +366,18 @@ def mpq_update_(
         raise ValueError(f"mpq_update_: zeros_every is {zeros_every}, expected at least 0")
     beta1, beta2 = betas
     with torch.no_grad():
-        r = _ops.mpq_moments_(exp_avg, exp_avg_sq, grad, beta1, beta2, eps)
+        finite = grad.isfinite()
+        if grad.device.type == "cpu":
+            if not finite.all():
+                at = (~finite).nonzero()[0].tolist()
+                raise ValueError(f"mpq_update_: grad{at} is {float(grad[tuple(at)])}, expected finite numbers")
+            r = _ops.mpq_moments_(exp_avg, exp_avg_sq, grad, beta1, beta2, eps)
+        else:
+            kept = exp_avg.clone(), exp_avg_sq.clone()
+            r = _ops.mpq_moments_(exp_avg, exp_avg_sq, grad, beta1, beta2, eps)
+            for moment, before in zip((exp_avg, exp_avg_sq), kept):
+                moment.copy_(torch.where(finite, moment, before))
+            r = torch.where(finite, r, 0)
         if project_back is not None:
             r = project_back(r)
         eta = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) if correct_bias else lr

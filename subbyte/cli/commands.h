@@ -23,7 +23,8 @@ void add_doctor(CLI::App& app);
 
 // "12.3 MB", decimal.
 std::string bytes_text(int64_t bytes);
-// `text` with control characters (a file's names may hold any) as \xNN, so that they cannot steer a terminal.
+// `text` with control characters (a file's names may hold any) and bytes that are no UTF-8 as \xNN, so that they cannot steer a
+// terminal and every reader of the output can decode it.
 std::string printable(const std::string& text);
 // Peak resident memory of this process; 0 where the system does not tell.
 int64_t peak_memory_bytes();

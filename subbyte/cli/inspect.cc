@@ -102,6 +102,7 @@ void inspect(const std::string& path, bool as_json) {
                       {"kind", model_file_kind_name(model->kind())},
                       {"metadata", metadata_json(*model)},
                       {"tensors", tensors},
+                      {"tied", model->tied()},
                       {"totals",
                        {{"tensors", model->tensors().size()},
                         {"parameters", total_elems},
@@ -133,6 +134,7 @@ void inspect(const std::string& path, bool as_json) {
                bits_per_weight(packed_bytes, packed_elems));
   fmt::print("\n");
   if (unreadable > 0) fmt::print("{} tensors have types that cannot be loaded\n", unreadable);
+  for (const auto& [name, other] : model->tied()) fmt::print("{} is {}, stored once\n", printable(name), printable(other));
   const Json metadata = metadata_json(*model);
   if (!metadata.empty()) fmt::print("\nmetadata\n");
   for (const auto& [key, value] : metadata.items()) {

@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "subbyte/cli/commands.h"
+#include "subbyte/io/utf8.h"
 
 namespace subbyte::cli {
 
@@ -23,10 +24,17 @@ std::string bytes_text(int64_t bytes) {
 
 std::string printable(const std::string& text) {
   std::string out;
-  for (const char c : text) {
-    const auto u = uint8_t(c);
-    if (u < 0x20 || u == 0x7f) out += fmt::format("\\x{:02x}", u);
-    else out += c;
+  for (size_t i = 0; i < text.size();) {
+    const int bytes = utf8_character_bytes(std::string_view(text).substr(i));
+    const auto u = uint8_t(text[i]);
+    const bool control = u < 0x20 || u == 0x7f || (bytes == 2 && u == 0xc2 && uint8_t(text[i + 1]) < 0xa0);
+    if (bytes > 0 && !control) {
+      out += text.substr(i, size_t(bytes));
+      i += size_t(bytes);
+    } else {
+      out += fmt::format("\\x{:02x}", u);
+      ++i;
+    }
   }
   return out;
 }

@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -50,14 +52,46 @@ int64_t parse_group_size(const std::string& text) {
   return v;
 }
 
-std::string checked_format(const std::string& name) {
-  try {
-    format_from_name(name);
-  } catch (const std::invalid_argument& e) {
-    throw UsageError(e.what());
+// A format's name, or a mixed row such as "uint8*64+uint4*448"; whether its columns add up shows with each tensor.
+std::string checked_format(const std::string& text) {
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find('+', begin), text.size());
+    const std::string segment = text.substr(begin, end - begin);
+    try {
+      format_from_name(segment.substr(0, segment.find('*')));
+    } catch (const std::invalid_argument& e) {
+      throw UsageError(e.what());
+    }
+    begin = end + 1;
   }
-  return name;
+  return text;
 }
+
+// An interrupted run ends as a failed one does: the writer's temporary file goes.
+volatile std::sig_atomic_t interrupting_signal = 0;
+
+class InterruptGuard {
+ public:
+  InterruptGuard() {
+    interrupting_signal = 0;
+    struct sigaction action = {};
+    action.sa_handler = [](int signal) { interrupting_signal = signal; };
+    for (int i = 0; i < kCount; ++i) ::sigaction(kSignals[i], &action, &before_[i]);
+  }
+  ~InterruptGuard() {
+    for (int i = 0; i < kCount; ++i) ::sigaction(kSignals[i], &before_[i], nullptr);
+  }
+  InterruptGuard(const InterruptGuard&) = delete;
+  InterruptGuard& operator=(const InterruptGuard&) = delete;
+  static void check() {
+    if (interrupting_signal != 0) throw std::runtime_error("interrupted; nothing was written");
+  }
+
+ private:
+  static constexpr int kCount = 3;
+  static constexpr int kSignals[kCount] = {SIGINT, SIGTERM, SIGHUP};
+  struct sigaction before_[kCount];
+};
 
 bool matches(const std::vector<std::string>& patterns, const std::string& name) {
   for (const std::string& p : patterns)
@@ -107,34 +141,63 @@ class Plan {
   bool quantizes() const { return default_.has_value() || !overrides_.empty(); }
   Rounding rounding() const { return rounding_; }
 
-  // What becomes of a tensor; nothing: it is copied, or passes through packed as it is.
-  std::optional<PackedSpec> target(const ModelTensor& t) const {
-    if (t.shape.size() != 2 || matches(options_.skip, t.name)) return {};
+  // What becomes of a tensor; nothing: it is copied, or passes through packed as it is. A pattern that matches any of its names
+  // matches it.
+  std::optional<PackedSpec> target(const ModelTensor& t, const std::vector<std::string>& tied_names) const {
+    const auto matches_any = [&](const std::vector<std::string>& patterns) {
+      return matches(patterns, t.name) ||
+             std::any_of(tied_names.begin(), tied_names.end(), [&](const std::string& n) { return matches(patterns, n); });
+    };
+    if (t.shape.size() != 2 || matches_any(options_.skip)) return {};
     DType dtype;
     if (t.dtype && !element_type_to_dtype(*t.dtype, &dtype)) return {};
     if (t.spec && !options_.requantize) return {};
     const Rule* rule = nullptr;
-    if (default_ && (options_.only.empty() || matches(options_.only, t.name))) rule = &*default_;
+    if (default_ && (options_.only.empty() || matches_any(options_.only))) rule = &*default_;
     for (const auto& [pattern, override_rule] : overrides_)
-      if (matches({pattern}, t.name)) rule = &override_rule;  // the last one wins
+      if (matches_any({pattern})) rule = &override_rule;  // the last one wins
     if (rule == nullptr) return {};
-    const Format f = format_from_name(rule->format);
     PackedSpec s;
     s.name = t.name;
     s.n = t.shape[0];
     s.k = t.shape[1];
-    s.layout = row_layout(f, s.k);
+    try {
+      s.layout = row_layout(rule->format, s.k);
+    } catch (const std::invalid_argument& e) {
+      throw UsageError("tensor '" + t.name + "': " + e.what());
+    }
     s.group_size = rule->group_size == 0 ? std::max<int64_t>(s.k, 1) : rule->group_size;
+    for (int i = 0; i + 1 < s.layout.segment_count; ++i)
+      if (const int64_t end = s.layout.segments[i].k_begin + s.layout.segments[i].k_count; end % s.group_size != 0)
+        throw UsageError(fmt::format("tensor '{}': a segment of {} ends at column {}, inside a group of {}", t.name,
+                                     rule->format, end, s.group_size));
     s.scale_dtype = s.zero_dtype = scale_dtype_;
     s.zero_kind = zero_kind_.value_or(ZeroKind::kOffsets);
-    if (!scheme_takes(scheme_of(f), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kFixed;
-    if (!scheme_takes(scheme_of(f), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kZeros;  // midrise, fan_in
+    if (!scheme_takes(scheme_of(s.layout), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kFixed;
+    if (!scheme_takes(scheme_of(s.layout), s.zero_kind, s.layout)) s.zero_kind = ZeroKind::kZeros;  // midrise, fan_in
     return s;
   }
 
-  Scheme scheme_of(Format f) const {
+  // Patterns that match no name in the model, each with its option.
+  std::vector<std::pair<std::string, std::string>> unmatched(const ModelFile& model) const {
+    std::vector<std::pair<std::string, std::string>> out;
+    const auto judge = [&](const char* option, const std::string& pattern) {
+      const bool found = std::any_of(model.tensors().begin(), model.tensors().end(),
+                                     [&](const ModelTensor& t) { return matches({pattern}, t.name); }) ||
+                         std::any_of(model.tied().begin(), model.tied().end(),
+                                     [&](const auto& names) { return matches({pattern}, names.first); });
+      if (!found) out.emplace_back(option, pattern);
+    };
+    for (const std::string& p : options_.skip) judge("--skip", p);
+    for (const std::string& p : options_.only) judge("--only", p);
+    for (const auto& [pattern, rule] : overrides_) judge("--override", pattern);
+    return out;
+  }
+
+  Scheme scheme_of(const RowLayout& layout) const {
     if (scheme_) return *scheme_;
-    const bool coarse = f == Format::kSign || f == Format::kTernary;
+    const bool coarse = std::all_of(layout.segments.begin(), layout.segments.begin() + layout.segment_count,
+                                    [](const Segment& s) { return s.format == Format::kSign || s.format == Format::kTernary; });
     if (zero_kind_) return *zero_kind_ != ZeroKind::kFixed ? Scheme::kMinMax : coarse ? Scheme::kAbsMean : Scheme::kAbsMax;
     return coarse ? Scheme::kAbsMean : Scheme::kMinMax;
   }
@@ -229,11 +292,13 @@ void run(const Options& o, bool convert_only) {
   };
   std::vector<Job> jobs;
   Totals totals;
+  std::vector<std::vector<std::string>> tied_names(model->tensors().size());
+  for (const auto& [name, other] : model->tied()) tied_names[size_t(model->find(other))].push_back(name);
   for (size_t i = 0; i < model->tensors().size(); ++i) {
     const ModelTensor& t = model->tensors()[i];
     totals.bytes_in += t.bytes;
     if (!t.spec && !t.dtype) model->load(i);  // throws, naming the type
-    if (const auto target = plan.target(t)) {
+    if (const auto target = plan.target(t, tied_names[i])) {
       jobs.push_back({i, packed.size(), true, true});
       packed.push_back(*target);
     } else if (t.spec) {
@@ -251,7 +316,11 @@ void run(const Options& o, bool convert_only) {
     totals.packed_weights += s.n * s.k;
   }
 
-  CheckpointWriter writer(o.output, dense, packed, metadata_of(*model));
+  for (const auto& [option, pattern] : plan.unmatched(*model))
+    if (!o.quiet) fmt::print(stderr, "subbyte: note: {} '{}' matches no tensor\n", option, printable(pattern));
+
+  const InterruptGuard interrupts;
+  CheckpointWriter writer(o.output, dense, packed, metadata_of(*model), model->tied());
   ProgressBar bar(!o.quiet && (o.progress || ::isatty(2) != 0), totals.bytes_in);
   std::vector<uint8_t> codes, scales, zeros;
   std::vector<float> values;
@@ -265,6 +334,7 @@ void run(const Options& o, bool convert_only) {
     const int64_t step = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>({row_bytes, columns * 4, 1}));
     bool perm_written = false;
     for (int64_t begin = 0; begin < rows; begin += step) {
+      InterruptGuard::check();
       const int64_t end = std::min(begin + step, rows), count = end - begin;
       const LoadedTensor block = model->load_rows(job.tensor, begin, end);
       const auto* from_packed = std::get_if<PackedTensor>(&block);
@@ -312,7 +382,7 @@ void run(const Options& o, bool convert_only) {
         q.codes = codes.data();
         q.scales = scales.data();
         q.zeros = spec.zero_kind == ZeroKind::kFixed ? nullptr : zeros.data();
-        q.scheme = plan.scheme_of(spec.layout.segments[0].format);
+        q.scheme = plan.scheme_of(spec.layout);
         q.rounding = plan.rounding();
         q.seed = o.seed;
         q.offset = job.tensor;
@@ -336,6 +406,7 @@ void run(const Options& o, bool convert_only) {
       writer.append_packed(job.index, Part::kPerm, all.perm.data(), uint64_t(all.perm.size()));
     }
   }
+  InterruptGuard::check();
   writer.finish();
   if (o.quiet) return;
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -368,7 +439,8 @@ void add_quantize(CLI::App& app) {
   CLI::App* q = app.add_subcommand("quantize", "Pack the 2-D weights of a model into 1 to 8 bits; other tensors are copied");
   add_common(q, *o);
   q->add_option("--bits,-b", o->bits, "Bits of a code: 1 (sign) to 8")->check(CLI::Range(1, 8));
-  q->add_option("--format,-f", o->format, "Instead of --bits: sign, ternary, uint2 ... uint8");
+  q->add_option("--format,-f", o->format,
+                "Instead of --bits: sign, ternary, uint2 ... uint8, or a mixed row such as uint8*64+uint4*448");
   q->add_option("--group-size,-g", o->group_size, "Columns that share a scale, or 'row'")->capture_default_str();
   q->add_option("--scheme", o->scheme,
                 "minmax, absmax, absmean, midrise or fan_in (default: minmax; absmean for sign and ternary; absmax with "

@@ -19,8 +19,14 @@ struct WeightRecord {
   bool has_format = false, has_in_features = false, has_group_size = false;
 };
 
-std::vector<WeightRecord> parse_schema(const std::string& text, const std::string& where) {
-  std::vector<WeightRecord> out;
+struct Schema {
+  std::vector<WeightRecord> weights;
+  std::vector<std::pair<std::string, std::string>> tied;
+};
+
+Schema parse_schema(const std::string& text, const std::string& where) {
+  Schema schema;
+  std::vector<WeightRecord>& out = schema.weights;
   bool has_version = false;
   auto fail = [&](const std::string& what, const std::string& expectation) { throw FormatError(where + what, 8, expectation); };
   const std::span<const uint8_t> bytes(reinterpret_cast<const uint8_t*>(text.data()), text.size());
@@ -35,6 +41,12 @@ std::vector<WeightRecord> parse_schema(const std::string& text, const std::strin
       if (e.number != uint64_t(kCheckpointVersion))
         fail("", detail::concat("version is ", e.number, ", this reader knows version ", kCheckpointVersion));
       has_version = true;
+      return;
+    }
+    if (e.path[0] == "tied") {
+      if (depth == 1 && (e.kind == JsonEvent::kOpenObject || e.kind == JsonEvent::kClose)) return;
+      if (depth != 2 || e.kind != JsonEvent::kString || e.in_array) fail("", "tied is not an object of names");
+      schema.tied.emplace_back(e.path[1], e.text);
       return;
     }
     if (e.path[0] != "weights") return;  // later writers may say more about the file as a whole
@@ -73,7 +85,7 @@ std::vector<WeightRecord> parse_schema(const std::string& text, const std::strin
     }
   });
   if (!has_version) fail("", "has no version");
-  return out;
+  return schema;
 }
 
 // First byte of [row of `layout` at p] that is no encoding of codes of their format, or -1.
@@ -183,19 +195,21 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::build(std::shared_ptr<cons
   auto out = std::shared_ptr<CheckpointFile>(new CheckpointFile());
   out->file_ = std::move(file);
   const SafetensorsFile& f = *out->file_;
-  std::string first_path;
-  if (!f.entries().empty()) first_path = f.path_of(f.entries().front());
-  for (const auto& metadata : f.shard_metadata()) {  // each shard describes weights of its own
-    const auto it = metadata.find(kKey);
-    if (it == metadata.end()) continue;
+  for (size_t shard = 0; shard < f.shard_metadata().size(); ++shard) {  // each shard describes weights of its own
+    const auto it = f.shard_metadata()[shard].find(kKey);
+    if (it == f.shard_metadata()[shard].end()) continue;
     out->native_ = true;
-    const std::string where = first_path + ": metadata 'subbyte'";
-    for (const WeightRecord& w : parse_schema(it->second, where))
+    const std::string where = f.shard_path(shard) + ": metadata 'subbyte'";
+    Schema schema = parse_schema(it->second, where);
+    for (const WeightRecord& w : schema.weights)
       out->add_packed(w.name, w.format, {w.in_features, w.group_size, w.residual_bits}, where);
+    for (auto& [name, other] : schema.tied)
+      if (const auto [at, fresh] = out->tied_.emplace(std::move(name), std::move(other)); !fresh)
+        throw FormatError(where + ": '" + at->first + "'", 8, "is tied in two shards");
   }
   for (size_t i = 0; i < out->packed_.size(); ++i)
     if (!out->by_name_.emplace(out->packed_[i].name, i).second)
-      throw FormatError(first_path + ": metadata 'subbyte': weight '" + out->packed_[i].name + "'", 8,
+      throw FormatError(f.shard_path(0) + ": metadata 'subbyte': weight '" + out->packed_[i].name + "'", 8,
                         "is described in two shards");
   std::unordered_map<const SafetensorsEntry*, std::string_view> owner_of;
   for (size_t i = 0; i < out->parts_.size(); ++i) {
@@ -212,7 +226,19 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::build(std::shared_ptr<cons
       throw FormatError(f.path_of(e) + ": tensor '" + e.name + "'", e.begin, "is stored dense and packed");
     out->dense_.push_back(&e);
   }
+  for (const auto& [name, other] : out->tied_) {
+    const SafetensorsEntry* entry = f.find(other);
+    const bool stored = out->by_name_.count(other) != 0 || (entry != nullptr && owner_of.count(entry) == 0);
+    if (!stored || out->by_name_.count(name) != 0 || f.find(name) != nullptr)
+      throw FormatError(f.shard_path(0) + ": metadata 'subbyte': '" + name + "'", 8,
+                        "is tied to '" + other + "', " + (stored ? "but stored too" : "which the file does not hold"));
+  }
   return out;
+}
+
+std::string_view CheckpointFile::stored_name(std::string_view name) const {
+  const auto it = tied_.find(name);
+  return it == tied_.end() ? name : std::string_view(it->second);
 }
 
 std::shared_ptr<const CheckpointFile> CheckpointFile::open(const std::string& path) {
@@ -225,7 +251,7 @@ std::shared_ptr<const CheckpointFile> CheckpointFile::from_bytes(std::span<const
 }
 
 const PackedSpec* CheckpointFile::find_packed(std::string_view name) const {
-  const auto it = by_name_.find(name);
+  const auto it = by_name_.find(stored_name(name));
   return it == by_name_.end() ? nullptr : &packed_[it->second];
 }
 
@@ -291,7 +317,8 @@ void CheckpointFile::release_rows(const PackedSpec& spec, int64_t row_begin, int
 }
 
 CheckpointWriter::CheckpointWriter(const std::string& path, std::vector<TensorDeclaration> dense,
-                                   std::vector<PackedSpec> packed, std::map<std::string, std::string> metadata)
+                                   std::vector<PackedSpec> packed, std::map<std::string, std::string> metadata,
+                                   const std::map<std::string, std::string, std::less<>>& tied)
     : packed_(std::move(packed)) {
   check_arg(metadata.count(kKey) == 0 && metadata.count("format") == 0,
             "checkpoint writer: metadata keys 'subbyte' and 'format' are the writer's own");
@@ -328,7 +355,20 @@ CheckpointWriter::CheckpointWriter(const std::string& path, std::vector<TensorDe
     if (s.residual_bits > 0) declare(Part::kResidual, ".residual", ElementType::kU8, {s.n, s.residual_row_bytes()});
     index_of_part_.push_back(index);
   }
-  metadata[kKey] = schema + "}}";
+  schema += "}";
+  if (!tied.empty()) {
+    std::unordered_set<std::string> names = std::move(dense_names);  // of tensors that a name may be tied to
+    for (const PackedSpec& s : packed_) names.insert(s.name);
+    first = true;
+    for (const auto& [name, other] : tied) {
+      check_arg(names.count(other) != 0 && names.count(name) == 0, "checkpoint writer: '", name, "' is tied to '", other,
+                names.count(other) != 0 ? "', but declared too" : "', which was not declared");
+      schema += (first ? ",\"tied\":{" : ",") + json_quoted(name, "tied name") + ":" + json_quoted(other, "tied name");
+      first = false;
+    }
+    schema += "}";
+  }
+  metadata[kKey] = schema + "}";
   metadata["format"] = "pt";
   writer_ = std::make_unique<SafetensorsWriter>(path, std::move(dense), metadata);
 }
@@ -341,14 +381,15 @@ void CheckpointWriter::append_packed(size_t index, Part part, const void* data, 
 }
 
 void write_checkpoint(const std::string& path, const std::vector<LoadedTensor>& tensors,
-                      const std::map<std::string, std::string>& metadata) {
+                      const std::map<std::string, std::string>& metadata,
+                      const std::map<std::string, std::string, std::less<>>& tied) {
   std::vector<TensorDeclaration> dense;
   std::vector<PackedSpec> packed;
   for (const LoadedTensor& t : tensors) {
     if (const auto* d = std::get_if<DenseTensor>(&t)) dense.push_back({d->name, d->dtype, d->shape});
     else packed.push_back(std::get<PackedTensor>(t).spec);
   }
-  CheckpointWriter writer(path, std::move(dense), std::move(packed), metadata);
+  CheckpointWriter writer(path, std::move(dense), std::move(packed), metadata, tied);
   size_t dense_index = 0, packed_index = 0;
   for (const LoadedTensor& t : tensors) {
     if (const auto* d = std::get_if<DenseTensor>(&t)) {

@@ -3,8 +3,9 @@
 //   NAME.zeros or NAME.offsets, or neither  the same types, [N, G]
 //   NAME.perm     I32 [K], optional
 //   NAME.residual U8 [N, stream bytes of K codes of residual_bits], where the description says residual_bits
-// described by the metadata key "subbyte", and every other tensor is an ordinary one. docs/checkpoint.md is the full text. A
-// safetensors file without that key is a checkpoint without packed weights.
+// described by the metadata key "subbyte", which also lists the further names of tensors that are stored once (tied weights).
+// Every other tensor is an ordinary one. docs/checkpoint.md is the full text. A safetensors file without that key is a
+// checkpoint without packed weights.
 //
 // Opening judges structure; loading a packed weight judges its content as well: codes are levels of their format, spare bits
 // are zero, perm is a permutation. Whatever is wrong is a FormatError with tensor and byte offset.
@@ -38,7 +39,12 @@ class CheckpointFile {
   // Packed weights by name, and the tensors that are no part of one, in the order of the data.
   const std::vector<PackedSpec>& packed() const { return packed_; }
   const std::vector<const SafetensorsEntry*>& dense() const { return dense_; }
+  // By its own name or a tied one; null when there is none.
   const PackedSpec* find_packed(std::string_view name) const;
+  // Further names: {name: name of the tensor that it is}.
+  const std::map<std::string, std::string, std::less<>>& tied() const { return tied_; }
+  // The name under which a tensor is stored: that of a tied name, else `name` itself.
+  std::string_view stored_name(std::string_view name) const;
 
   // Borrowed from the file where addresses allow; keeps the file alive. `spec` is one of packed(), `rows` as in load_rows.
   PackedTensor load(const PackedSpec& spec) const { return load_rows(spec, 0, spec.n); }
@@ -63,6 +69,7 @@ class CheckpointFile {
   std::vector<Parts> parts_;
   std::vector<const SafetensorsEntry*> dense_;
   std::unordered_map<std::string_view, size_t> by_name_;
+  std::map<std::string, std::string, std::less<>> tied_;
 };
 
 // Streaming writer of native checkpoints: SafetensorsWriter's promises (atomic, deterministic, any chunking).
@@ -71,9 +78,11 @@ class CheckpointWriter {
   enum class Part : uint8_t { kCodes, kScales, kZeros, kPerm, kResidual };  // kZeros: also offsets
 
   // Metadata "format": "pt" and "subbyte" are added; giving either is refused. std::invalid_argument for inconsistent sizes or
-  // a name given twice, also through the parts of a packed weight.
+  // a name given twice, also through the parts of a packed weight. tied: further names of declared tensors, as in
+  // CheckpointFile::tied.
   CheckpointWriter(const std::string& path, std::vector<TensorDeclaration> dense, std::vector<PackedSpec> packed,
-                   std::map<std::string, std::string> metadata = {});
+                   std::map<std::string, std::string> metadata = {},
+                   const std::map<std::string, std::string, std::less<>>& tied = {});
   void append_dense(size_t index, const void* data, uint64_t count) { writer_->append(index, data, count); }
   void append_packed(size_t index, Part part, const void* data, uint64_t count);
   void finish() { writer_->finish(); }
@@ -86,6 +95,7 @@ class CheckpointWriter {
 
 // Writes tensors that are in memory.
 void write_checkpoint(const std::string& path, const std::vector<LoadedTensor>& tensors,
-                      const std::map<std::string, std::string>& metadata = {});
+                      const std::map<std::string, std::string>& metadata = {},
+                      const std::map<std::string, std::string, std::less<>>& tied = {});
 
 }  // namespace subbyte

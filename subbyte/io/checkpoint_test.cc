@@ -284,6 +284,54 @@ TEST(Checkpoint, ResidualPlanesAreCheckedAsFarAsTheyCanBeWrongAndWeightsWithoutA
   EXPECT_NE(with("\"6\"", {plane}).find("wrong kind"), std::string::npos);
 }
 
+TEST(Checkpoint, TiedNamesFindTheTensorThatIsStored) {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("c");
+  const PackedTensor w = packed("embed.weight", "uint4", 3, 8, 4, ZeroKind::kOffsets, false);
+  write_checkpoint(path, {w, DenseTensor{"norm", ElementType::kF32, {2}, filled(8, 1)}}, {},
+                   {{"head.weight", "embed.weight"}, {"norm2", "norm"}});
+  const auto f = CheckpointFile::open(path);
+  ASSERT_EQ(f->tied().size(), 2u);
+  EXPECT_EQ(f->stored_name("head.weight"), "embed.weight");
+  EXPECT_EQ(f->stored_name("norm"), "norm");
+  ASSERT_NE(f->find_packed("head.weight"), nullptr);
+  EXPECT_EQ(f->find_packed("head.weight"), f->find_packed("embed.weight"));
+  EXPECT_EQ(f->find_packed("norm2"), nullptr);
+  const auto model = ModelFile::open(path);
+  EXPECT_EQ(model->tensors().size(), 2u);
+  EXPECT_EQ(model->tied().at("norm2"), "norm");
+  ASSERT_GE(model->find("head.weight"), 0);
+  EXPECT_EQ(model->find("head.weight"), model->find("embed.weight"));
+  EXPECT_EQ(model->find("norm2"), model->find("norm"));
+  EXPECT_EQ(model->find("other"), -1);
+}
+
+TEST(Checkpoint, RefusesTiedNamesThatDoNotDescribeTheFile) {
+  const auto error = [](const std::string& tied) {
+    Draft d;
+    d.schema = R"({"version":1,"weights":{"w":{"format":"ternary","in_features":5,"group_size":4}},"tied":)" + tied + "}";
+    return d.error();
+  };
+  EXPECT_EQ(error("{}"), "accepted");
+  EXPECT_EQ(error(R"({"v":"w"})"), "accepted");
+  EXPECT_NE(error("[]").find("tied is not an object of names"), std::string::npos);
+  EXPECT_NE(error(R"({"v":["w"]})").find("tied is not an object of names"), std::string::npos);
+  EXPECT_NE(error(R"({"v":"u"})").find("'v' at byte 8: is tied to 'u', which the file does not hold"), std::string::npos);
+  EXPECT_NE(error(R"({"u":"v","v":"w"})").find("is tied to 'v', which the file does not hold"), std::string::npos);
+  EXPECT_NE(error(R"({"w":"w"})").find("is tied to 'w', but stored too"), std::string::npos);
+  EXPECT_NE(error(R"({"v":"w.codes"})").find("does not hold"), std::string::npos);  // a part is no weight
+}
+
+TEST(Checkpoint, ErrorsOfAFileWithoutTensorsNameTheFile) {
+  const Bytes bytes = io_test::safetensors_file(R"({"__metadata__":{"subbyte":"{\"version\":2}"}})", 0);
+  try {
+    CheckpointFile::from_bytes(bytes, "empty.safetensors", nullptr);
+    ADD_FAILURE() << "accepted";
+  } catch (const FormatError& e) {
+    EXPECT_EQ(std::string(e.what()).rfind("empty.safetensors: metadata 'subbyte'", 0), 0u) << e.what();
+  }
+}
+
 TEST(CheckpointWriter, RefusesContradictions) {
   const TemporaryFolder folder;
   const std::string path = folder.file("c");
@@ -299,6 +347,9 @@ TEST(CheckpointWriter, RefusesContradictions) {
   other = spec;
   other.residual_bits = 5;
   EXPECT_THROW(CheckpointWriter(path, D{}, {other}), std::invalid_argument);
+  EXPECT_THROW(CheckpointWriter(path, D{}, {spec}, {}, {{"v", "u"}}), std::invalid_argument);
+  EXPECT_THROW(CheckpointWriter(path, D{}, {spec}, {}, {{"w", "w"}}), std::invalid_argument);
+  EXPECT_THROW(CheckpointWriter(path, D{}, {spec}, {}, {{"v", "w.codes"}}), std::invalid_argument);
   CheckpointWriter w(path, {}, {spec});
   EXPECT_THROW(w.append_packed(0, CheckpointWriter::Part::kZeros, "", 0), std::invalid_argument);
   EXPECT_THROW(w.append_packed(1, CheckpointWriter::Part::kCodes, "", 0), std::invalid_argument);

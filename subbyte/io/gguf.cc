@@ -6,6 +6,7 @@
 
 #include "subbyte/base/error.h"
 #include "subbyte/io/byte_reader.h"
+#include "subbyte/io/utf8.h"
 
 namespace subbyte {
 namespace {
@@ -203,6 +204,7 @@ void GgufFile::parse() {
     const std::string key(read_string(r, detail::concat(where_, ": key-value ", i), "key", 65535));
     const std::string where = where_ + ": key '" + printable(key) + "'";
     if (key.empty()) throw FormatError(where, at, "the key is empty");
+    if (!is_utf8(key)) throw FormatError(where, at, "the key is not valid UTF-8");
     const uint64_t type_at = r.offset();
     const auto type = GgufValueType(r.read<uint32_t>(where, "value type"));
     if (value_bytes(type) < 0) throw FormatError(where, type_at, detail::concat("value type ", uint32_t(type), " is unknown"));
@@ -228,6 +230,7 @@ void GgufFile::parse() {
     t.name = std::string(read_string(r, detail::concat(where_, ": tensor ", i), "tensor name", kMaxNameBytes));
     const std::string where = where_ + ": tensor '" + printable(t.name) + "'";
     if (t.name.empty()) throw FormatError(where, at, "the name is empty");
+    if (!is_utf8(t.name)) throw FormatError(where, at, "the name is not valid UTF-8");
     const auto dims = r.read<uint32_t>(where, "number of dimensions");
     if (dims > kMaxDims) throw FormatError(where, at, detail::concat("has ", dims, " dimensions, expected at most ", kMaxDims));
     uint64_t elems = 1;

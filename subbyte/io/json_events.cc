@@ -39,6 +39,18 @@ class CountingIterator {
   const char** position_;
 };
 
+// The parser's messages quote the bytes that it could not read; an error's text is to be UTF-8 all the same.
+std::string ascii(std::string_view text) {
+  static const char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (const char c : text) {
+    const auto u = uint8_t(c);
+    if (u < 0x80) out += c;
+    else out += std::string("\\x") + kHex[u >> 4] + kHex[u & 15];
+  }
+  return out;
+}
+
 class Handler : public nlohmann::json_sax<json> {
  public:
   Handler(const char* begin, const char** position, const std::string& where, uint64_t base_offset, int max_depth,
@@ -78,7 +90,7 @@ class Handler : public nlohmann::json_sax<json> {
     // The library's text begins with an error number and a position of its own; keep what follows.
     const std::string text = e.what();
     const size_t colon = text.find(": ");
-    fail("not JSON: " + (colon == std::string::npos ? text : text.substr(colon + 2)));
+    fail("not JSON: " + ascii(std::string_view(text).substr(colon == std::string::npos ? 0 : colon + 2)));
   }
 
  private:

@@ -75,8 +75,13 @@ std::shared_ptr<const ModelFile> ModelFile::open(const std::string& path) {
 }
 
 int64_t ModelFile::find(std::string_view name) const {
-  const auto it = by_name_.find(name);
+  const auto it = by_name_.find(checkpoint_ != nullptr ? checkpoint_->stored_name(name) : name);
   return it == by_name_.end() ? -1 : int64_t(it->second);
+}
+
+const std::map<std::string, std::string, std::less<>>& ModelFile::tied() const {
+  static const std::map<std::string, std::string, std::less<>> kNone;
+  return checkpoint_ != nullptr ? checkpoint_->tied() : kNone;
 }
 
 LoadedTensor ModelFile::load_rows(size_t i, int64_t row_begin, int64_t row_end) const {

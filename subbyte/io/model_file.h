@@ -5,6 +5,7 @@
 //   for (size_t i = 0; i < model->tensors().size(); ++i) use(model->load(i));
 #pragma once
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -39,7 +40,7 @@ class ModelFile {
   ModelFileKind kind() const { return kind_; }
   // GGUF: the file's order; checkpoints: packed weights, then dense tensors; each sorted as stored.
   const std::vector<ModelTensor>& tensors() const { return tensors_; }
-  // Position in tensors(), or -1.
+  // Position in tensors(), by a tensor's own name or a tied one, or -1.
   int64_t find(std::string_view name) const;
   // Throws FormatError when content or type cannot be loaded.
   LoadedTensor load(size_t i) const { return load_rows(i, 0, rows(i)); }
@@ -49,6 +50,9 @@ class ModelFile {
   LoadedTensor load_rows(size_t i, int64_t row_begin, int64_t row_end) const;
   // These rows will not be read again soon: their pages leave resident memory (MappedFile::release).
   void release_rows(size_t i, int64_t row_begin, int64_t row_end) const;
+
+  // Further names of tensors, in native checkpoints: {name: name of the tensor in tensors() that it is}.
+  const std::map<std::string, std::string, std::less<>>& tied() const;
 
   // The file behind it; null for the other kind.
   const GgufFile* gguf() const { return gguf_.get(); }

@@ -52,8 +52,9 @@ class SafetensorsFile {
 
   const std::vector<SafetensorsEntry>& entries() const { return entries_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  // Metadata of each shard, in the order of SafetensorsEntry::file.
+  // Metadata and path of each shard, in the order of SafetensorsEntry::file.
   const std::vector<std::map<std::string, std::string>>& shard_metadata() const { return shard_metadata_; }
+  const std::string& shard_path(size_t i) const { return files_[i].where; }
   const SafetensorsEntry* find(std::string_view name) const;
   // Path of the file that holds `e`.
   const std::string& path_of(const SafetensorsEntry& e) const { return files_[size_t(e.file)].where; }

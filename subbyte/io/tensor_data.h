@@ -28,10 +28,11 @@ enum class ElementType : uint8_t {
   kF32,
   kI64,
   kU64,
-  kF64
+  kF64,
+  kC64
 };
-inline constexpr int kElementTypeCount = 15;
-// "BOOL", "U8", ... "F64".
+inline constexpr int kElementTypeCount = 16;
+// "BOOL", "U8", ... "C64".
 const char* element_type_name(ElementType t);
 int64_t element_type_bytes(ElementType t);
 // False when the name is unknown; *t is then left alone.

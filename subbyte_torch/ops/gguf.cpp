@@ -6,16 +6,16 @@
 //   "zero_kind"} | null}]} An array of the metadata is {"type", "count", "values"}; beyond 1024 entries (a tokenizer's words)
 //   "values" is null.
 // gguf_tensor(path, name) -> [dense], or [codes, scales], or [codes, scales, offsets] as the index says.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <charconv>
 #include <cmath>
-#include <cstring>
 
 #include "subbyte/io/gguf.h"
 #include "subbyte/io/json_events.h"
+#include "subbyte/io/utf8.h"
 #include "subbyte_torch/convert.h"
+#include "subbyte_torch/file_tensors.h"
 
 namespace subbyte {
 namespace {
@@ -24,7 +24,8 @@ constexpr const char* kIndexSchema = "gguf_index(str path) -> str";
 constexpr const char* kTensorSchema = "gguf_tensor(str path, str name) -> Tensor[]";
 constexpr uint64_t kListedEntries = 1024;
 
-std::string json_text(std::string_view text) { return json_quoted(std::string(text), "gguf_index"); }
+// Tokenizers hold pieces of characters, which JSON cannot say: they become U+FFFD.
+std::string json_text(std::string_view text) { return json_quoted(utf8_replaced(text), "gguf_index"); }
 
 std::string number(double v) {
   if (!std::isfinite(v)) return "null";
@@ -57,10 +58,6 @@ struct JsonOf {
   std::string operator()(const GgufArray& v) const { return json_of(v); }
 };
 
-const char* zero_kind_name(ZeroKind kind) {
-  return kind == ZeroKind::kZeros ? "zeros" : kind == ZeroKind::kOffsets ? "offsets" : "fixed";
-}
-
 std::string gguf_index(std::string_view path) {
   return translated([&] {
     const auto file = GgufFile::open(std::string(path));
@@ -90,30 +87,6 @@ std::string gguf_index(std::string_view path) {
   });
 }
 
-at::ScalarType scalar_type_of(ElementType t, const std::string& name) {
-  switch (t) {
-    case ElementType::kBool: return at::kBool;
-    case ElementType::kU8: return at::kByte;
-    case ElementType::kI8: return at::kChar;
-    case ElementType::kI16: return at::kShort;
-    case ElementType::kI32: return at::kInt;
-    case ElementType::kI64: return at::kLong;
-    case ElementType::kF16: return at::kHalf;
-    case ElementType::kBF16: return at::kBFloat16;
-    case ElementType::kF32: return at::kFloat;
-    case ElementType::kF64: return at::kDouble;
-    default:
-      TORCH_CHECK(false, "gguf_tensor: '", name, "' has elements of type ", element_type_name(t), ", which PyTorch lacks");
-  }
-}
-
-at::Tensor owned(const SharedBytes& bytes, at::IntArrayRef shape, at::ScalarType type) {
-  at::Tensor out = at::empty(shape, at::TensorOptions(type));
-  TORCH_INTERNAL_ASSERT(int64_t(out.nbytes()) == bytes.size());
-  if (bytes.size() > 0) std::memcpy(mutable_data_of(out), bytes.data(), size_t(bytes.size()));
-  return out;
-}
-
 std::vector<at::Tensor> gguf_tensor(std::string_view path, std::string_view name) {
   return translated([&]() -> std::vector<at::Tensor> {
     const auto file = GgufFile::open(std::string(path));
@@ -121,13 +94,8 @@ std::vector<at::Tensor> gguf_tensor(std::string_view path, std::string_view name
     check_arg(t != nullptr, "gguf_tensor: '", path, "' has no tensor '", name, "'");
     const LoadedTensor loaded = file->load(*t);
     if (const auto* dense = std::get_if<DenseTensor>(&loaded))
-      return {owned(dense->bytes, dense->shape, scalar_type_of(dense->dtype, dense->name))};
-    const auto& packed = std::get<PackedTensor>(loaded);
-    const PackedSpec& s = packed.spec;
-    std::vector<at::Tensor> out{owned(packed.codes, {s.n, s.layout.row_bytes}, at::kByte),
-                                owned(packed.scales, {s.n, s.groups()}, scalar_type_of(s.scale_dtype))};
-    if (s.zero_kind != ZeroKind::kFixed) out.push_back(owned(packed.zeros, {s.n, s.groups()}, scalar_type_of(s.zero_dtype)));
-    return out;
+      return {owned_tensor(dense->bytes, dense->shape, dense->dtype, dense->name)};
+    return owned_parts(std::get<PackedTensor>(loaded));
   });
 }
 

@@ -4,12 +4,15 @@ import json
 import os
 import pathlib
 import re
+import signal
 import struct
 import subprocess
+import time
 
 import numpy as np
 import pytest
 
+safetensors = pytest.importorskip("safetensors")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -158,18 +161,98 @@ def test_progress_is_drawn_only_when_asked_or_on_a_terminal(model, tmp_path):
 
 
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
-    rows, columns = 48 * 1024, 2048  # 192 MiB of bfloat16
-    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, rows * columns * 2]}}).encode()
     source, out = tmp_path / "in", tmp_path / "out"
-    chunk = (np.arange(columns * 512, dtype=np.uint16) % 64 + 0x3F80).tobytes()  # 1.0 to 1.5
-    with open(source, "wb") as f:
-        f.write(struct.pack("<Q", len(header)) + header)
-        for _ in range(rows // 512):
-            f.write(chunk)
+    big_model(source, 48 * 1024)  # 192 MiB
     done = subbyte("quantize", source, out, "--bits", "4", "--sym")
     assert done.returncode == 0, done.stderr
     value, unit = re.search(r"peak memory ([\d.]+) (\w+)", done.stdout).groups()
     assert float(value) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit] < 64e6, done.stdout
+
+
+def rewrite_description(path, **changes):
+    """The same safetensors file with other entries in its metadata key "subbyte"."""
+    with safetensors.safe_open(path, "numpy") as f:
+        metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    metadata["subbyte"] = json.dumps({**json.loads(metadata["subbyte"]), **changes})
+    safetensors_numpy.save_file(tensors, path, metadata)
+
+
+def description(path):
+    with safetensors.safe_open(path, "numpy") as f:
+        return json.loads(f.metadata()["subbyte"])
+
+
+def test_tied_names_pass_through_and_choose_their_tensor(model, tmp_path):
+    first, second, third = (tmp_path / n for n in ("1", "2", "3"))
+    assert subbyte("quantize", model, first, "--bits", "4", "--skip", "layers.0.*").returncode == 0
+    tied = {"head.weight": "embed.weight", "norm2.weight": "norm.weight", "up.weight": "layers.0.up.weight"}
+    rewrite_description(first, tied=tied)
+    assert "head.weight is embed.weight, stored once" in subbyte("inspect", first).stdout
+    assert json.loads(subbyte("inspect", first, "--json").stdout)["tied"] == tied
+    assert subbyte("convert", first, second).returncode == 0
+    assert description(second)["tied"] == tied
+    # A pattern for the other name holds for the tensor.
+    assert subbyte("quantize", first, third, "--bits", "2", "--requantize", "--skip", "head.*", "up.*").returncode == 0
+    assert description(third)["tied"] == tied
+    assert formats(third)["embed.weight"] == ("uint4", 64) and formats(third)["layers.0.up.weight"] == ("F16", None)
+    assert formats(third)["layers.0.down.weight"] == ("uint2", 64)
+    rewrite_description(first, tied={"head.weight": "nowhere"})
+    done = subbyte("convert", first, second)
+    assert done.returncode == 1 and "'head.weight'" in done.stderr and "does not hold" in done.stderr
+
+
+def test_a_mixed_row_is_a_format_as_anywhere_else(model, tmp_path):
+    out = tmp_path / "out"
+    assert subbyte("quantize", model, out, "--format", "uint8*16+uint3*48", "-g", "16", "--override", "embed*=sign*32+ternary*32,32").returncode == 0
+    assert formats(out)["layers.0.up.weight"] == ("uint8*16+uint3*48", 16) and formats(out)["embed.weight"] == ("sign*32+ternary*32", 32)
+    for text, says in (
+        ("uint8*16+uint3*40", "tensor 'embed.weight': .*56 columns, expected K = 64"),
+        ("uint8*16+uint9*48", "'uint9' is unknown"),
+        ("uint8*8+uint3*56", "tensor 'embed.weight'.*ends at column 8, inside a group of 16"),
+    ):
+        done = subbyte("quantize", model, tmp_path / "no", "--format", text, "-g", "16")
+        assert done.returncode == 2 and re.search(says, done.stderr), done.stderr
+        assert not (tmp_path / "no").exists()
+
+
+def test_a_pattern_that_matches_nothing_is_told(model, tmp_path):
+    done = subbyte("quantize", model, tmp_path / "out", "--bits", "4", "--skip", "lm_head*", "embed*")
+    assert done.returncode == 0 and done.stderr == "subbyte: note: --skip 'lm_head*' matches no tensor\n"
+
+
+def big_model(path, rows, columns=2048):
+    """A safetensors file with one bfloat16 matrix of values from 1 to 1.5."""
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, rows * columns * 2]}}).encode()
+    chunk = (np.arange(columns * 512, dtype=np.uint16) % 64 + 0x3F80).tobytes()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(header)) + header)
+        for _ in range(rows // 512):
+            f.write(chunk)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_the_old_output_and_leaves_no_other_file(tmp_path, number):
+    source, out = tmp_path / "in", tmp_path / "out"
+    big_model(source, 48 * 1024)
+    out.write_text("old")
+    running = subprocess.Popen([PROGRAM, "quantize", source, out, "--bits", "3", "-t", "1"], stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not list(tmp_path.glob("out.part-*")):
+        time.sleep(0.001)
+    running.send_signal(number)
+    stderr = running.communicate()[1]
+    assert running.returncode == 1 and stderr == "subbyte: interrupted; nothing was written\n"
+    assert out.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_messages_are_utf8_whatever_the_file_holds(tmp_path):
+    bad = tmp_path / "bad"
+    header = b'{"a\xff\xc2\x9b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    bad.write_bytes(struct.pack("<Q", len(header)) + header + b"1")
+    done = subbyte("inspect", bad)  # decodes as UTF-8
+    assert done.returncode == 1 and "\\xff" in done.stderr
+    name = os.fsencode(tmp_path) + b"/m\xff\xc2\x9b\xc3\xa9\xe2\x82"
+    done = subprocess.run([PROGRAM, b"inspect", name], capture_output=True, text=True)
+    assert done.returncode == 1 and "m\\xff\\xc2\\x9b\u00e9\\xe2\\x82: cannot open" in done.stderr
 
 
 def test_doctor_says_what_would_run():

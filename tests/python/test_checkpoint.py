@@ -1,8 +1,10 @@
 """Native checkpoints: what is saved is what is loaded, nothing half-written appears, and damage is named."""
 
 import json
+import struct
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -114,14 +116,27 @@ def rewrite(path, change):
     "change, says",
     [
         (lambda d, t: d.update(version=2), "version is 2"),
-        (lambda d, t: d.pop("version"), "damaged"),
+        (lambda d, t: d.update(version=True), "version is not a number"),
+        (lambda d, t: d.pop("version"), "has no version"),
         (lambda d, t: d["weights"]["w"].update(format="uint9"), "'w'.*uint9"),
-        (lambda d, t: d["weights"]["w"].update(in_features=99), "'w'.*codes"),
+        (lambda d, t: d["weights"]["w"].update(in_features=99), "'w.codes' at byte"),
+        (lambda d, t: d["weights"]["w"].update(in_features=40.5), "'w'.*in_features"),
+        (lambda d, t: d["weights"]["w"].update(in_features="40"), "'w'.*in_features"),
+        (lambda d, t: d["weights"]["w"].update(in_features=10**30), "'w'.*in_features"),
+        (lambda d, t: d["weights"]["w"].update(more=1), "'w'.*'more' is unknown"),
+        (lambda d, t: d["weights"]["w"].pop("group_size"), "'w'.*lacks"),
+        (lambda d, t: d["weights"]["w"].update(format="uint8*8+uint2*32"), "'w'.*inside a group of 16"),
+        (lambda d, t: t.update({"w.codes": t["w.codes"].float()}), "'w.codes' at byte"),
+        (lambda d, t: t.update({"w.zeros": t["w.offsets"].clone()}), "'w.zeros' at byte.*at most one"),
+        (lambda d, t: t.update({"w.perm": torch.zeros(40, dtype=torch.int32)}), "'w.perm' at byte.*second time"),
         (lambda d, t: t.pop("w.scales"), "no tensor 'w.scales'"),
         (lambda d, t: t.update(w=torch.ones(1)), "dense and packed"),
-        (lambda d, t: t.update({"w.scales": t["w.scales"][:, :1].contiguous()}), "'w'.*scales"),
-        (lambda d, t: d.update(tied={"v": "nowhere"}), "tied"),
-        (lambda d, t: d.update(weights=[1]), "damaged"),
+        (lambda d, t: t.update({"w.scales": t["w.scales"][:, :1].contiguous()}), "'w.scales' at byte"),
+        (lambda d, t: d.update(tied={"v": "nowhere"}), "'v'.*tied to 'nowhere'"),
+        (lambda d, t: d.update(tied={"v": []}), "tied is not an object of names"),
+        (lambda d, t: d.update(tied=[1]), "tied is not an object of names"),
+        (lambda d, t: d.update(weights=[1]), "weights is not an object"),
+        (lambda d, t: d.update(more=[[]] * 3), "array inside an array|nested"),
     ],
 )
 def test_a_description_that_does_not_fit_is_a_format_error(tmp_path, change, says):
@@ -163,3 +178,102 @@ def test_load_weights_names_what_does_not_fit_before_it_changes_anything(tmp_pat
     model = Tied()
     subbyte.load_weights_(model, {"body.weight": tensors["body.weight"]}, strict=False)
     assert isinstance(model.body.weight, PackedWeight) and type(model.embed) is torch.nn.Embedding
+
+
+def write_safetensors(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype, shape, begin, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def described(**changes):
+    weight = {"format": "ternary", "in_features": 5, "group_size": 8}
+    return {"__metadata__": {"subbyte": json.dumps({"version": 1, "weights": {"w": weight}, **changes})}}
+
+
+@pytest.mark.parametrize(
+    "header, data, length, says",
+    [
+        (b"{}", b"", 2**63, "at byte 0: header length 9223372036854775808"),
+        (b"{}", b"", 1000, "at byte 8: header needs 1000 bytes"),
+        (b"{hello", b"", None, "at byte .*not JSON"),
+        (b'{"a":' + b"[" * 100000, b"", None, "'a' at byte"),
+        (b'{"a\xff":1}', b"", None, r"not JSON.*\\xff"),
+        (b'{"a":%s,"a":%s}' % ((json.dumps(entry("U8", [1], 0, 1)).encode(),) * 2), b"1", None, "duplicate key 'a'"),
+        ({"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 1, 3)}, b"123", None, "'b' at byte .*overlaps"),
+        ({"a": entry("U8", [1], 0, 1), "b": entry("U8", [1], 2, 3)}, b"123", None, "'b' at byte .*gap"),
+        ({"a": entry("U8", [1], 0, 1)}, b"123", None, "the file has"),
+        ({"a": entry("F32", [4], 0, 16)}, b"123", None, "'a' at byte .*beyond the data"),
+        ({"a": entry("F32", [2**62, 2**62], 0, 16)}, b"0" * 16, None, "'a' at byte .*overflows"),
+        ({"a": entry("Q4", [1], 0, 1)}, b"1", None, "'a' at byte .*dtype 'Q4' is unknown"),
+        ({"__metadata__": {"subbyte": "[" * 100000}}, b"", None, "metadata 'subbyte' at byte"),
+        (
+            {**described(), "w.codes": entry("U8", [1, 2], 0, 2), "w.scales": entry("F32", [1, 1], 2, 6)},
+            b"\xff\x00" + b"0" * 4,
+            None,
+            "'w.codes' at byte .*code outside its format",
+        ),
+        (
+            {**described(), "w.codes": entry("U8", [1, 2], 0, 2), "w.scales": entry("F32", [1, 1], 2, 6)},
+            b"\x00\x04" + b"0" * 4,
+            None,
+            "'w.codes' at byte .*spare bits",
+        ),
+    ],
+)
+def test_damage_is_named_with_tensor_and_offset(tmp_path, header, data, length, says):
+    with pytest.raises(FormatError, match=says):
+        subbyte.load(write_safetensors(tmp_path / "m.safetensors", header, data, length))
+
+
+def test_every_bit_that_is_flipped_gives_a_format_error_or_a_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    subbyte.save({"w": PackedWeight.from_float(torch.randn(2, 5), format="ternary"), "b": torch.ones(1)}, path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            subbyte.load(path)
+        except FormatError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(whole)
+
+
+def test_all_types_of_tensors_come_back(tmp_path):
+    tensors = {
+        str(dtype): torch.arange(6).reshape(2, 3).to(dtype)
+        for dtype in (
+            *(torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64),
+            *(torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
+            *(torch.float8_e4m3fn, torch.float8_e5m2),
+        )
+    }
+    tensors.update(scalar=torch.tensor(3.0), empty=torch.ones(0, 3))
+    subbyte.save(tensors, tmp_path / "m.safetensors")
+    loaded = subbyte.load(tmp_path / "m.safetensors")
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        got = loaded[name]
+        assert got.dtype == tensor.dtype and got.shape == tensor.shape
+        assert torch.equal(got.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_a_missing_shard_and_an_index_that_lies_are_format_errors(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    for weight_map, says in (
+        ({"a": "two.safetensors"}, "two.safetensors"),
+        ({"a": "one.safetensors", "b": "one.safetensors"}, "'b'"),
+        ({"a": "../one.safetensors"}, "same folder"),
+        ({"a": 3}, "weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(FormatError, match=says):
+            subbyte.load(tmp_path)

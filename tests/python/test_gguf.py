@@ -1,7 +1,9 @@
 """SmolLM2-135M from its GGUF file: packed weights that stand for exactly its values, and a model that computes with them."""
 
 import math
+import struct
 
+import numpy
 import pytest
 import torch
 
@@ -121,3 +123,54 @@ def test_a_file_of_another_architecture_is_refused_by_name(tensors):
     other = subbyte.TensorFile(tensors, {**tensors.metadata, "general.architecture": "mamba"})
     with pytest.raises(ValueError, match="'mamba'"):
         subbyte.llama_tensors(other)
+
+
+def gguf_bytes(values=(), tensors=()):
+    """A GGUF file of (key, value type, encoded value) and (name, data of one float32 vector)."""
+    text = lambda b: struct.pack("<Q", len(b)) + b  # noqa: E731
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
+    out += b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in values)
+    for i, (name, data) in enumerate(tensors):
+        out += text(name) + struct.pack("<IQIQ", 1, len(data) // 4, 0, 32 * i)
+    out += bytes(-len(out) % 32)
+    return out + b"".join(data.ljust(32, b"\0") for _, data in tensors)
+
+
+def test_names_that_are_not_utf8_are_format_errors_and_texts_are_replaced(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(tensors=[(b"t\xff", bytes(8))]))
+    with pytest.raises(FormatError, match=r"tensor 't\\xff' at byte 24: the name is not valid UTF-8"):
+        subbyte.load_gguf(path)
+    path.write_bytes(gguf_bytes([(b"k\xff", 4, bytes(4))]))
+    with pytest.raises(FormatError, match=r"key 'k\\xff' at byte 24: the key is not valid UTF-8"):
+        subbyte.load_gguf(path)
+    string = struct.pack("<Q", 2) + b"a\xff"
+    path.write_bytes(gguf_bytes([(b"one", 8, string), (b"list", 9, struct.pack("<IQ", 8, 1) + string)], [(b"t", bytes(8))]))
+    read = subbyte.load_gguf(path)
+    assert read.metadata["one"] == "a\ufffd" and read.metadata["list"]["values"] == ["a\ufffd"]
+    assert torch.equal(read["t"], torch.zeros(2))
+
+
+def test_adversarial_blocks_equal_the_gguf_package_bit_for_bit(tmp_path):
+    # Scales and minima that are zero, subnormal, largest, infinite and NaN of both signs, before random codes.
+    extremes = numpy.array(
+        [0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00, 0xFE01, 0x3C00, 0xBC00, 0x7C01], "<u2"
+    )
+    rng, path = numpy.random.default_rng(3), str(tmp_path / "m.gguf")
+    writer, expected = gguf.GGUFWriter(path, "llama"), {}
+    for kind, block_bytes, floats in (("Q4_0", 18, 1), ("Q4_1", 20, 2), ("Q8_0", 34, 1)):
+        rows, columns = 40, 96
+        blocks = rng.integers(0, 256, (rows * columns // 32, block_bytes), dtype=numpy.uint8)
+        blocks[:, : 2 * floats] = rng.choice(extremes, (len(blocks), floats)).view(numpy.uint8)
+        data, kind_id = blocks.reshape(rows, -1), getattr(gguf.GGMLQuantizationType, kind)
+        writer.add_tensor(kind, data, raw_dtype=kind_id)
+        with numpy.errstate(all="ignore"):
+            expected[kind] = gguf.quants.dequantize(data, kind_id)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for kind, tensor in subbyte.load_gguf(path).items():
+        values, wanted = tensor.dequantize(torch.float32).numpy(), expected[kind]
+        both_nan = numpy.isnan(values) & numpy.isnan(wanted)
+        assert both_nan.any() and ((values.view("u4") == wanted.view("u4")) | both_nan).all()

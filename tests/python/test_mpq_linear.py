@@ -573,6 +573,6 @@ def test_the_update_names_a_wrong_argument():
     with pytest.raises(ValueError, match="rounding 'up'"):
         M.mpq_update_(weight, g, g.clone(), g.clone(), 1, rounding="up")
     codes = weight.codes.clone()
-    with pytest.raises(ValueError, match="encode.*nan|NaN"):
+    with pytest.raises(ValueError, match="grad.* is nan"):
         M.mpq_update_(weight, g * float("nan"), g.clone(), g.clone(), 1)
     assert torch.equal(weight.codes, codes)

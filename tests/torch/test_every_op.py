@@ -17,6 +17,7 @@ NAMES = sorted(
 )
 # What comes out depends on what index tensors or files hold: no fake tensors, no compilation.
 LOOKS_AT_VALUES = {
+    "checkpoint_load": "reads a file",
     "gguf_index": "reads a file",
     "gguf_tensor": "reads a file",
     "gptq_import": "g_idx and q_perm say how rows are cut into groups",
