@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,9 +18,17 @@ namespace {
 
 thread_local bool inside_pool = false;  // a nested parallel_for runs on the calling thread
 
+constexpr int kMaxThreads = 4096;
+
 int default_threads() {
-  if (const char* s = std::getenv("SUBBYTE_NUM_THREADS"); s != nullptr && std::atoi(s) > 0) return std::atoi(s);
-  return std::max(1, int(std::thread::hardware_concurrency()));
+  const char* s = std::getenv("SUBBYTE_NUM_THREADS");
+  if (s == nullptr || *s == '\0') return std::max(1, int(std::thread::hardware_concurrency()));
+  int n = 0;
+  const char* end = s + std::strlen(s);
+  const auto parsed = std::from_chars(s, end, n);
+  check_arg(parsed.ec == std::errc() && parsed.ptr == end && n >= 1 && n <= kMaxThreads, "SUBBYTE_NUM_THREADS=", s,
+            " is no number of threads, expected 1 to ", kMaxThreads);
+  return n;
 }
 
 // Workers spin for some microseconds before they sleep: an op at M = 1 lasts as long as a wake-up.

@@ -14,7 +14,7 @@ using ParallelBackend = void (*)(int64_t size, int64_t grain, ParallelBody body,
 
 // nullptr restores the built-in pool. Call before work starts.
 void set_parallel_backend(ParallelBackend backend);
-// Threads of the built-in pool, the caller included. Default: SUBBYTE_NUM_THREADS, else the hardware's number.
+// Threads of the built-in pool, the caller included. Default: SUBBYTE_NUM_THREADS (1 to 4096), else the hardware's number.
 void set_num_threads(int n);
 int num_threads();
 

@@ -266,6 +266,15 @@ def test_doctor_says_what_would_run():
     assert subbyte("doctor", env={**os.environ, "SUBBYTE_FORCE_ISA": "mmx"}).returncode == 1
 
 
+@pytest.mark.parametrize("threads", ["abc", "0", "-1", "2x", "1000000000", "99999999999999999999"])
+def test_a_number_of_threads_that_is_none_is_named(threads, model, tmp_path):
+    done = subbyte("quantize", model, tmp_path / "out", "--bits", "4", env={**os.environ, "SUBBYTE_NUM_THREADS": threads})
+    assert done.returncode == 1 and f"SUBBYTE_NUM_THREADS={threads} is no number of threads" in done.stderr
+    assert not (tmp_path / "out").exists()
+    env = {**os.environ, "SUBBYTE_NUM_THREADS": threads}
+    assert subbyte("quantize", model, tmp_path / "out", "--bits", "4", "-t", "2", env=env).returncode == 0
+
+
 def test_bench_measures_limits_and_ops():
     done = subbyte("bench", "--shape", "65x200", "--m", "1,3", "--formats", "sign,uint3", "--seconds", "0.001", "--group-size", "64", "--json")
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,9 @@
 // after the bias. With c = levels / 2 (integer division), the middle code rounded up, o = w's value at code c and s the scale,
 // every kernel keeps
 //   |y - y64| <= eps32 * (min(K, 512) + K / 8 + 16) * sum_k |x| (|s (q - c)| + |o| + |offset|)  +  1.01 * eps_x * |y64|
-// where y64 is the same sum in double over the float32 dequantized weights, offset is the stored one or 0, eps32 = 2^-24,
-// eps_x = dtype_epsilon(x). (A chain of additions is at most 512 long within a block of K; blocks and lanes add K / 8. The
-// offset stands in the sum because float32 forms s q + offset at the size of the offset.) A symmetric matrix has o = 0: codes
+// plus half of x's smallest subnormal; y64 is that sum in double over the float32 dequantized weights, offset the stored one
+// or 0, eps32 = 2^-24, eps_x = dtype_epsilon(x). (A chain of additions is at most 512 long in a block of K, blocks and lanes
+// add K / 8. The offset stands in the sum because float32 forms s q + offset at its size.) A symmetric matrix has o = 0: codes
 // are centred exactly, nothing cancels. Infinite or NaN x, or x beyond 2^100, make y non-finite without a promise which.
 // M, N, K may be 0 (K = 0 gives y = bias); nothing need divide anything.
 // Errors: std::invalid_argument for inconsistent sizes, missing arrays, perm out of range, a workspace that is too small.
