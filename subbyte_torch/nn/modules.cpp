@@ -184,7 +184,8 @@ Embedding Embedding::from_float(const torch::nn::Embedding& layer, const Quantiz
 }
 
 Embedding Embedding::drop_residual() const {
-  Embedding out(std::make_shared<EmbeddingImpl>(get()->weight().drop_residual(), get()->options.padding_idx));
+  Embedding out(
+      std::make_shared<EmbeddingImpl>(get()->weight().drop_residual(), get()->options.padding_idx, get()->options.sparse));
   out->train(get()->is_training());
   return out;
 }
