@@ -204,6 +204,25 @@ def gradients_add_up_without_sync_and_are_averaged_once(rank, folder):
         whole.module.load_state_dict(net.module.state_dict())
 
 
+def sparse_gradients_of_a_table_are_summed_over_the_ranks(rank, folder):
+    """The rows that any rank looked up move, the same on all ranks, and no other row does."""
+    if DEVICE.type == "cuda":
+        return  # NCCL sums no sparse tensors
+    table = subbyte.nn.Embedding(64, 32, bits=4, group_size=32, sparse=True)
+    net = DistributedDataParallel(torch.nn.Sequential(table, torch.nn.Linear(32, 4)))
+    before = table.weight.codes.clone()
+    optimizer = PackedAdamW(net.parameters(), lr=5e-2)
+    for step in range(3):
+        ids = torch.tensor([2, 5, 2, 7 + rank])
+        optimizer.zero_grad()
+        net(ids).square().sum().backward()
+        assert table.weight.grad.layout == torch.sparse_coo
+        optimizer.step()
+    same_on_all_ranks(net)
+    moved = (table.weight.codes != before).any(1).nonzero().flatten().tolist()
+    assert set(moved) <= {2, 5, 7, 8} and {2, 5} <= set(moved)
+
+
 def sharded_layers(net):
     for layer in net:
         if isinstance(layer, (torch.nn.Linear, torch.nn.Embedding)):
@@ -329,6 +348,7 @@ SCENARIOS = [
     a_checkpoint_goes_on_with_another_number_of_ranks,
     an_update_in_backward_averages_over_the_ranks_itself,
     gradients_add_up_without_sync_and_are_averaged_once,
+    sparse_gradients_of_a_table_are_summed_over_the_ranks,
     sharded_weights_stay_packed_and_give_the_outputs_and_gradients_of_whole_ones,
     sharded_weights_train_with_every_optimizer,
     torchs_own_fully_shard_and_odd_rows_are_refused,
