@@ -9,9 +9,9 @@ must be the same on all ranks. `DistributedDataParallel` here is torch's with bo
 import torch
 import torch.distributed as dist
 
-from .packed_weight import PackedWeight, rounding_generator, set_rounding_generator, sharding
+from .packed_weight import PackedWeight, packed_of, rounding_generator, set_rounding_generator, sharding
 
-__all__ = ["DistributedDataParallel", "broadcast_", "fully_shard", "share_rounding"]
+__all__ = ["DistributedDataParallel", "broadcast_", "fully_shard", "gather_weight", "share_rounding"]
 
 
 def _group_rank_to_global(group, rank):
@@ -133,3 +133,20 @@ def fully_shard(module, *, mesh=None, **kwargs):
         if isinstance(p, DTensor) and isinstance(p._local_tensor, PackedWeight):
             p._local_tensor._shard = True
     return sharded
+
+
+@torch.no_grad()
+def gather_weight(parameter):
+    """The whole PackedWeight of a parameter that fully_shard has cut into rows, on every rank; for subbyte.save, say."""
+    local = packed_of(parameter)
+    if local is None or local is parameter:
+        raise ValueError(f"gather_weight: parameter is a {type(parameter).__name__}, expected a shard of a PackedWeight")
+    mesh = parameter.device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+
+    def whole(part):
+        pieces = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(pieces, part.contiguous(), group=group)
+        return torch.cat(pieces)
+
+    return local._map_parts(lambda part: part if part is local.perm else whole(part))

@@ -204,6 +204,25 @@ def gradients_add_up_without_sync_and_are_averaged_once(rank, folder):
         whole.module.load_state_dict(net.module.state_dict())
 
 
+def sparse_gradients_of_a_table_are_summed_over_the_ranks(rank, folder):
+    """The rows that any rank looked up move, the same on all ranks, and no other row does."""
+    if DEVICE.type == "cuda":
+        return  # NCCL sums no sparse tensors
+    table = subbyte.nn.Embedding(64, 32, bits=4, group_size=32, sparse=True)
+    net = DistributedDataParallel(torch.nn.Sequential(table, torch.nn.Linear(32, 4)))
+    before = table.weight.codes.clone()
+    optimizer = PackedAdamW(net.parameters(), lr=5e-2)
+    for step in range(3):
+        ids = torch.tensor([2, 5, 2, 7 + rank])
+        optimizer.zero_grad()
+        net(ids).square().sum().backward()
+        assert table.weight.grad.layout == torch.sparse_coo
+        optimizer.step()
+    same_on_all_ranks(net)
+    moved = (table.weight.codes != before).any(1).nonzero().flatten().tolist()
+    assert set(moved) <= {2, 5, 7, 8} and {2, 5} <= set(moved)
+
+
 def sharded_layers(net):
     for layer in net:
         if isinstance(layer, (torch.nn.Linear, torch.nn.Embedding)):
@@ -254,6 +273,35 @@ def sharded_weights_train_with_every_optimizer(rank, folder):
                 if name.startswith("Packed"):
                     assert optimizer.state[p]["m"].shape[0] == p.shape[0] // dist.get_world_size()
                     assert type(optimizer.state[p]["m"]) is torch.Tensor
+
+
+def a_sharded_run_resumes_and_comes_out_whole(rank, folder):
+    """Each rank's file loads with weights_only and goes on bit for bit; gathered weights are a checkpoint of the whole model."""
+    net = sharded_layers(model(seed=3))
+    optimizer = PackedAdamW(net.parameters(), lr=2e-2)
+    train(net, optimizer, 3)
+    path = f"{folder}/shard.{rank}.pt"
+    with subbyte.replacing(path) as temporary:
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, temporary)
+    train(net, optimizer, 3, 3)
+    state = torch.load(path, weights_only=True, map_location=DEVICE)
+    other = sharded_layers(model(seed=8))
+    other.load_state_dict(state["net"])
+    second = PackedAdamW(other.parameters(), lr=2e-2)
+    second.load_state_dict(state["optimizer"])
+    train(other, second, 3, 3)
+    for p, q in zip(net.parameters(), other.parameters()):
+        a, b = (t._local_tensor.parts.values() if t.dim() == 2 else [t._local_tensor] for t in (p, q))
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+    whole = {
+        name: subbyte.distributed.gather_weight(p) if p.dim() == 2 else p.full_tensor() for name, p in net.named_parameters()
+    }
+    fresh = model(seed=9)
+    subbyte.load_weights_(fresh, whole)
+    ids = torch.arange(16, device=DEVICE)
+    assert torch.equal(fresh(ids), net(ids))
+    with pytest.raises(ValueError, match="gather_weight: parameter is a Parameter"):
+        subbyte.distributed.gather_weight(fresh[1].bias)
 
 
 def torchs_own_fully_shard_and_odd_rows_are_refused(rank, folder):
@@ -344,8 +392,10 @@ SCENARIOS = [
     a_checkpoint_goes_on_with_another_number_of_ranks,
     an_update_in_backward_averages_over_the_ranks_itself,
     gradients_add_up_without_sync_and_are_averaged_once,
+    sparse_gradients_of_a_table_are_summed_over_the_ranks,
     sharded_weights_stay_packed_and_give_the_outputs_and_gradients_of_whole_ones,
     sharded_weights_train_with_every_optimizer,
+    a_sharded_run_resumes_and_comes_out_whole,
     torchs_own_fully_shard_and_odd_rows_are_refused,
     broadcast_copies_every_part,
     residuals_are_broadcast_and_stay_the_same,

@@ -64,6 +64,25 @@ def test_an_optimizer_lowers_the_loss_and_keeps_dense_state(name, device):
             assert not isinstance(value, torch.Tensor) or type(value) is torch.Tensor
 
 
+def test_lbfgs_with_a_line_search_lowers_the_loss(device):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8)).to(device)
+    subbyte.quantize_(model, bits=6, group_size=32)
+    x = torch.randn(256, 32, device=device)
+    y = torch.tanh(x @ torch.randn(32, 8, device=device) / 3)
+    optimizer, losses = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5, line_search_fn="strong_wolfe"), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(20):
+        optimizer.step(closure)
+    assert losses[-1] < 0.7 * losses[0], losses[::20]
+
+
 def test_a_step_is_the_dense_step_up_to_one_level_and_no_gradient_moves_no_code(device):
     for make in (
         lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
