@@ -1,7 +1,7 @@
 """Trains a character language model on the King James Bible with every matrix packed: tables, attention, MLP, head.
 
 python -m examples.char_lm                             every setting, three seeds (minutes on a GPU, an hour or more on two cores)
-python -m examples.char_lm --settings fp32 4p --seeds 1 --steps 100 --batch 16
+python -m examples.char_lm --settings fp32 8/2 --seeds 1 --steps 100 --batch 16
 
 The gospel of John is held out; the score is the mean loss on it. Writes curves.png, results.json, table.md and samples.txt into the
 output folder. A run that was interrupted goes on at its last round.
