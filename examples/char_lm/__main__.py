@@ -32,6 +32,7 @@ def arguments(argv=None):
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--characters", type=int, default=10**9, help="of the training text used (all)")
+    parser.add_argument("--lr-factor", type=float, default=1.0, help="times the learning rates of the settings")
     parser.add_argument("--validation-windows", type=int, default=500)
     parser.add_argument("--data", type=Path, help="folder with kjv.txt, see examples/texts.py; else the program `bible` is asked")
     args = training.parse(
@@ -78,7 +79,7 @@ def prepare(args, name, seed, text, device):
     setting = SETTINGS[name]
     torch.manual_seed(seed)
     model = setting.convert(CharacterModel(len(text.alphabet), args.width, args.layers, length=args.length)).to(device)
-    optimizer = setting.optimizer(model.parameters(), setting.lr)
+    optimizer = setting.optimizer(model.parameters(), args.lr_factor * setting.lr)
     warmup = min(WARMUP, args.steps // 2)
     schedules = torch.optim.lr_scheduler
     schedule = schedules.SequentialLR(
@@ -102,7 +103,9 @@ def prepare(args, name, seed, text, device):
 def train(args, name, seed, text, device, advance):
     """One run, see training.train; with seed 0 the result has a "sample"."""
     job = prepare(args, name, seed, text, device)
-    path = training.checkpoint_path(args, name, seed, args.steps, args.rounds, args.batch, args.length, args.width, args.layers)
+    path = training.checkpoint_path(
+        args, name, seed, args.steps, args.rounds, args.batch, args.length, args.width, args.layers, args.lr_factor
+    )
     run = training.train(job, path, SCORE, args.rounds, device, advance)
     if seed == 0:
         job.model.eval()
