@@ -30,6 +30,7 @@ CASES = {
     "bfloat16, torch.optim.AdamW": (torch.bfloat16, None, False),
     "8 bits, 8-bit moments": ({"bits": 8}, "8bit", False),
     "8 bits, 8-bit moments, update in backward": ({"bits": 8}, "8bit", True),
+    "8/2 bits (residual), 8-bit moments, update in backward": ({"bits": 2, "residual_bits": 6}, "8bit", True),
     "4 bits, 8-bit moments, update in backward": ({"bits": 4}, "8bit", True),
     "4 bits, 4-bit moments, update in backward": ({"bits": 4}, "4bit", True),
     "1 bit, 4-bit moments, update in backward": ({"bits": 1}, "4bit", True),
@@ -44,7 +45,7 @@ def build(packing, moments, in_backward, width, layers, device):
     for _ in range(layers):
         layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device=device))
         if isinstance(packing, dict):
-            subbyte.quantize_(layer, sym=True, group_size=64, progress=False, **packing)
+            subbyte.quantize_(layer, scheme="fan_in", group_size=64, progress=False, **packing)
         else:
             layer.to(packing)
         model.extend(layer)

@@ -1,7 +1,7 @@
 """Trains a character language model on the King James Bible with every matrix packed: tables, attention, MLP, head.
 
 python -m examples.char_lm                             every setting, three seeds (minutes on a GPU, an hour or more on two cores)
-python -m examples.char_lm --settings fp32 4p --seeds 1 --steps 100 --batch 16
+python -m examples.char_lm --settings fp32 8/2 --seeds 1 --steps 100 --batch 16
 
 The gospel of John is held out; the score is the mean loss on it. Writes curves.png, results.json, table.md and samples.txt into the
 output folder. A run that was interrupted goes on at its last round.
@@ -32,6 +32,7 @@ def arguments(argv=None):
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--characters", type=int, default=10**9, help="of the training text used (all)")
+    parser.add_argument("--lr-factor", type=float, default=1.0, help="times the learning rates of the settings")
     parser.add_argument("--validation-windows", type=int, default=500)
     parser.add_argument("--data", type=Path, help="folder with kjv.txt, see examples/texts.py; else the program `bible` is asked")
     args = training.parse(
@@ -78,7 +79,7 @@ def prepare(args, name, seed, text, device):
     setting = SETTINGS[name]
     torch.manual_seed(seed)
     model = setting.convert(CharacterModel(len(text.alphabet), args.width, args.layers, length=args.length)).to(device)
-    optimizer = setting.optimizer(model.parameters(), setting.lr)
+    optimizer = setting.optimizer(model.parameters(), args.lr_factor * setting.lr)
     warmup = min(WARMUP, args.steps // 2)
     schedules = torch.optim.lr_scheduler
     schedule = schedules.SequentialLR(
@@ -102,7 +103,9 @@ def prepare(args, name, seed, text, device):
 def train(args, name, seed, text, device, advance):
     """One run, see training.train; with seed 0 the result has a "sample"."""
     job = prepare(args, name, seed, text, device)
-    path = training.checkpoint_path(args, name, seed, args.steps, args.rounds, args.batch, args.length, args.width, args.layers)
+    path = training.checkpoint_path(
+        args, name, seed, args.steps, args.rounds, args.batch, args.length, args.width, args.layers, args.lr_factor
+    )
     run = training.train(job, path, SCORE, args.rounds, device, advance)
     if seed == 0:
         job.model.eval()

@@ -24,18 +24,16 @@ from ..memory import Memory
 from . import source
 
 SCORE = training.Score("perplexity", "perplexity of Matthew", 1, 2)
-EMBEDDING = {"bits": 8, "group_size": 32, "sym": True}
+EMBEDDING = {"bits": 8, "group_size": 32, "sym": True, "scheme": None, "residual_bits": 0}
 
 
 def quantized(**packing):
-    """The file's values packed anew."""
+    """The file's values packed anew; the tied embedding and head keep 8 bits."""
 
     def make(path, dtype):
         model = source.load(path, dtype, packed=False)
-        embedding = {**EMBEDDING, **dict.fromkeys(set(packing) & {"residual_bits"}, 0)}
-        subbyte.quantize_(
-            model, progress=False, overrides={"model.embed_tokens": embedding, "lm_head": embedding}, **packing
-        )
+        overrides = dict.fromkeys(("model.embed_tokens", "lm_head"), EMBEDDING)
+        subbyte.quantize_(model, training=True, progress=False, overrides=overrides, **packing)
         return model
 
     return make
@@ -52,7 +50,9 @@ class Setting:
 SETTINGS = {
     "dense": Setting("dense, torch.optim.AdamW", lambda path, dtype: source.load(path, dtype, packed=False), 5e-5, packed=False),
     "4": Setting("4 bits as the file packs them", lambda path, dtype: source.load(path, dtype, packed=True), 2e-5),
-    "2": Setting("2 bits, groups of 32", quantized(bits=2, group_size=32), 3e-4),
+    "8/4": Setting("8/4 bits, groups of 32, from the values of the file", quantized(bits=4, residual_bits=4, group_size=32, scheme="minmax"), 5e-5),
+    "8/2": Setting("8/2 bits, groups of 32", quantized(bits=2, group_size=32), 3e-4),
+    "2/2": Setting("2/2 bits, groups of 32", quantized(bits=2, residual_bits=0, group_size=32, scheme="midrise"), 3e-4),
 }
 LABELS = {name: setting.label for name, setting in SETTINGS.items()}
 
