@@ -45,7 +45,7 @@ def build(packing, moments, in_backward, width, layers, device):
     for _ in range(layers):
         layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False, device=device))
         if isinstance(packing, dict):
-            subbyte.quantize_(layer, scheme="fan_in", group_size=64, progress=False, **packing)
+            subbyte.quantize_(layer, scheme="fan_in", group_size=64, scale_dtype=torch.float16, progress=False, **packing)
         else:
             layer.to(packing)
         model.extend(layer)
