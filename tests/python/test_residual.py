@@ -105,7 +105,7 @@ def test_rounding_goes_to_the_nearest_fine_level_and_stochastic_rounding_to_a_ne
     step = (2 * REACH[format] / math.sqrt(70)) / levels
     exact = (values.double().cpu() / step + (levels - 1) / 2).clamp(0, levels - 1)
     assert bool(((fine_codes(w).cpu() - exact).abs() <= 0.5 + 1e-4 * (1 + exact.abs())).all())
-    total, count = torch.zeros_like(exact), 400
+    total, count = torch.zeros_like(exact), 200
     for seed in range(count):
         drawn = weight(format, r, scheme="fan_in", rounding="stochastic", seed=seed, device=device)
         q = fine_codes(drawn).cpu()
@@ -504,7 +504,7 @@ def test_the_first_step_is_that_of_the_optimizer_on_the_fine_values_up_to_one_fi
 
 
 def test_steps_of_many_seeds_have_the_mean_of_the_exact_step():
-    exact, count = None, 600
+    exact, count = None, 300
     total = torch.zeros(9, 70, dtype=torch.float64)
     for seed in range(count):
         w = torch.nn.Parameter(weight("sign", 3, scheme="fan_in"))

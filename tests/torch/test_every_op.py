@@ -27,6 +27,8 @@ LOOKS_AT_VALUES = {
     "q_groups_of": "row_groups say the groups",
     "make_group_map": "q_groups say the rows",
     "rows_of_format": "takes no tensor",
+    "raise_device_errors": "takes no tensor",
+    "set_device_checks_wait": "takes no tensor",
     "gptq_pack_zeros": "refuses zeros that the layout cannot say",
     "pack_statistic": "refuses codes of more than four bits",
     "requantize_second_level": "keeps blocks that are exact",
