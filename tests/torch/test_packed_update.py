@@ -92,11 +92,18 @@ def value_of(m, absmax, k, signed):
     four = m.shape[1] != k
     code = ops.unpack(m, "uint4", k).cpu().double() if four else m.cpu().double()
     unit = absmax.cpu().double().repeat_interleave(256, 1)[:, :k]
-    if signed:
-        levels = 7 if four else 127
-        c = (code - levels - 1) / levels
-        return unit * c * c.abs()
-    return unit * (code / (15 if four else 255)) ** 4
+    half = 8 if four else 128
+    magnitude = code % half if signed else code
+    value = unit * grid(four, signed)[magnitude.long()]
+    return torch.where(code >= half, -value, value) if signed else value
+
+
+def grid(four, signed):
+    """Values of the codes of a magnitude, absmax = 1: (t - 1) / (2^R - 1), t = 2^(code / n) with straight lines between powers."""
+    per_octave, octaves, bits = (1, 7 if signed else 15, 4) if four else (8, 15 if signed else 31, 8)
+    code = torch.arange(2 ** (bits - signed), dtype=torch.float64)
+    t = 2.0 ** (code / per_octave).floor() * (1 + (code % per_octave) / per_octave)
+    return (t - 1) / (2.0**octaves - 1)
 
 
 def stored_gradient(w, grad):
@@ -147,12 +154,12 @@ def assert_moment(got, want, kind, m, absmax, signed):
     elif kind == "bfloat16":
         assert bool(((got - want).abs() <= want.abs() * 2**-7 + 2e-8).all())
     else:
-        # One step of the grid, whose width grows towards absmax: at c it is value(c + 1) - value(c).
-        levels = (127 if kind == "8bit" else 7) if signed else (255 if kind == "8bit" else 15)
-        unit = absmax.cpu().double().repeat_interleave(256, 1)[:, : want.shape[1]]
-        power = 2 if signed else 4
-        c = (want.abs() / unit) ** (1 / power) * levels
-        slack = unit * (((c.floor() + 1.001) / levels) ** power - (c.floor() / levels) ** power)
+        # One step of the grid at the value.
+        unit = absmax.cpu().double().repeat_interleave(256, 1)[:, : want.shape[1]].contiguous()
+        values = grid(kind == "4bit", signed)
+        part = want.abs() / unit.clamp_min(1e-300)
+        code = (torch.searchsorted(values, part.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
+        slack = unit * (values[code + 1] - values[code]) * 1.001
         assert bool(((got - want).abs() <= slack + 2e-8).all())
 
 

@@ -1,4 +1,6 @@
+#include "subbyte/base/philox.h"
 #include "subbyte/formats/cuda_testing.h"
+#include "subbyte/ops/packed_update/cuda_exact.h"
 #include "subbyte/ops/packed_update/packed_update_cuda.h"
 
 namespace subbyte {
@@ -32,14 +34,22 @@ struct BothMoments {
   DeviceBuffer device, device_absmax;
 };
 
-void compare(Random& r, const testing::MatrixCase& c, int i) {
+struct Kind {
+  UpdateRule rule;
+  MomentType m, v;
+  DType grad;
+  int residual_bits;
+  int64_t padding;  // of a gradient's row, in elements
+};
+
+void compare(Random& r, const testing::MatrixCase& c, const Kind& kind, int i) {
   testing::TestMatrix matrix = testing::make_matrix(r, c);
   testing::TestStream stream;
-  const auto rule = UpdateRule(i % 3);
-  const bool adamw = rule == UpdateRule::kAdamW, stateless = !adamw && i % 5 == 0;
-  const int residual_bits = i % 4 == 1 ? 1 + i / 4 % 8 : 0;
-  BothMoments m(stateless ? MomentType::kNone : kTypes[i / 3 % 4], c.n, c.k, c.shift);
-  BothMoments v(adamw ? kTypes[(i / 3 + i / 12) % 4] : MomentType::kNone, c.n, c.k, c.shift);
+  const UpdateRule rule = kind.rule;
+  const bool stateless = kind.m == MomentType::kNone;
+  const int residual_bits = kind.residual_bits;
+  BothMoments m(kind.m, c.n, c.k, c.shift);
+  BothMoments v(kind.v, c.n, c.k, c.shift);
   std::vector<uint8_t> residual(size_t(c.n * stream_bytes(c.k, residual_bits)), 0x5a);
   if (residual_bits > 0)
     for (int64_t n = 0; n < c.n; ++n) {  // spare bits are zero, as a stream's are
@@ -51,8 +61,8 @@ void compare(Random& r, const testing::MatrixCase& c, int i) {
     PackedUpdateParams p;
     p.rule = rule;
     p.w = matrix.host;
-    p.grad_dtype = kGradTypes[i / 2 % 4];
-    p.grad_stride = c.k + (i % 3 == 0 ? 2 : 0);
+    p.grad_dtype = kind.grad;
+    p.grad_stride = c.k + kind.padding;
     p.lr = 0.003;
     p.weight_decay = i % 2 ? 0.1 : 0;
     p.seed = 77 + uint64_t(i);
@@ -123,9 +133,85 @@ TEST(PackedUpdateCuda, ThreeStepsOfEveryRuleAndStateHaveTheBitsOfTheCpu) {
   cases.push_back({"uint7*5+uint3*15+ternary*10+uint5*3", 70, 33, 5, DType::kF32, DType::kF32, ZeroKind::kZeros, true, 0});
   cases.push_back({"uint2*300+sign*300", 9, 600, 20, DType::kBF16, DType::kF32, ZeroKind::kOffsets, false, 1});
   for (const testing::MatrixCase& c : cases) {
-    compare(r, c, i++);
+    const auto rule = UpdateRule(i % 3);
+    const bool adamw = rule == UpdateRule::kAdamW, stateless = !adamw && i % 5 == 0;
+    compare(r, c,
+            {rule, stateless ? MomentType::kNone : kTypes[i / 3 % 4], adamw ? kTypes[(i / 3 + i / 12) % 4] : MomentType::kNone,
+             kGradTypes[i / 2 % 4], i % 4 == 1 ? 1 + i / 4 % 8 : 0, i % 3 == 0 ? 2 : 0},
+            i);
+    ++i;
     if (HasFatalFailure()) return;
   }
+}
+
+// What step_runs_kernel serves: aligned rows of whole runs of 16 columns, gradients of 32 or 16 bits.
+TEST(PackedUpdateCuda, WholeRunsOfEveryRuleMomentsWidthAndResidualHaveTheBitsOfTheCpu) {
+  Random r(12);
+  int i = 0;
+  const int64_t ks[] = {16, 256, 528, 4096, 1552}, groups[] = {16, 64, 32, 256, 1 << 20}, ns[] = {5, 33, 64, 3, 17};
+  const ZeroKind zeros[] = {ZeroKind::kFixed, ZeroKind::kZeros, ZeroKind::kOffsets};
+  const DType types[] = {DType::kBF16, DType::kF16, DType::kF32};
+  const auto next = [&](const char* format, const Kind& kind) {
+    testing::MatrixCase c;
+    c.format = format;
+    c.n = ns[i / 2 % 5];
+    c.k = ks[i % 5];
+    c.group_size = groups[i / 3 % 5];
+    c.scale_dtype = types[i % 3];
+    c.zero_dtype = types[i / 3 % 3];
+    c.kind = zeros[i / 5 % 3];
+    c.permuted = false;
+    c.shift = 0;
+    compare(r, c, kind, i++);
+  };
+  using enum MomentType;
+  for (const FormatInfo& info : kFormats)
+    for (const DType grad : {DType::kBF16, DType::kF32})
+      for (const int residual_bits : {0, 1 + i % 8}) {
+        for (const auto& [m, v] : {std::pair{kF32, kF32}, {kBF16, kBF16}, {kQ8, kQ8}, {kQ4, kQ4}, {kQ8, kQ4}}) {
+          next(info.name, {UpdateRule::kAdamW, m, v, grad, residual_bits, i % 2 * 8});
+          if (HasFatalFailure()) return;
+        }
+        for (const UpdateRule rule : {UpdateRule::kSign, UpdateRule::kSgd})
+          for (const MomentType m : {kNone, kF32, kBF16, kQ8, kQ4}) {
+            next(info.name, {rule, m, kNone, grad, residual_bits, i % 2 * 8});
+            if (HasFatalFailure()) return;
+          }
+      }
+}
+
+__global__ void count_wrong_roots(unsigned long long* wrong) {
+  const uint32_t first = __float_as_uint(0x1p-100f), last = __float_as_uint(0x1p127f);
+  for (uint64_t bits = first + blockIdx.x * blockDim.x + threadIdx.x; bits < last; bits += uint64_t(gridDim.x) * blockDim.x) {
+    const float a = __uint_as_float(uint32_t(bits));
+    if (cuda::exact_sqrt(a) != __fsqrt_rn(a)) atomicAdd(wrong, 1ull);
+  }
+}
+
+// Dividends and divisors over the whole range that exact_quotient serves, mantissas random or near a power of two.
+__global__ void count_wrong_quotients(unsigned long long* wrong, uint64_t count) {
+  for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += uint64_t(gridDim.x) * blockDim.x) {
+    const Philox4 w = philox4x32(3, 4, i);
+    const auto number = [](uint32_t mantissa, uint32_t kind, int exponent) {
+      mantissa &= 0x7fffffu;
+      if (kind % 4 == 1) mantissa &= 15u;
+      if (kind % 4 == 2) mantissa |= 0x7ffff0u;
+      return __uint_as_float(uint32_t(exponent + 127) << 23 | mantissa);
+    };
+    const float a = number(w.v[0], w.v[2], int(w.v[3] % 124u) - 60),
+                b = number(w.v[1], w.v[2] >> 2, int((w.v[3] >> 8) % 120u) - 60);
+    if (cuda::exact_quotient(a, b) != __fdiv_rn(a, b)) atomicAdd(wrong, 1ull);
+  }
+}
+
+TEST(PackedUpdateCuda, RootsAndQuotientsWithoutBranchesAreCorrectlyRounded) {
+  DeviceBuffer wrong(std::vector<unsigned long long>(2, 0));
+  auto* const counts = reinterpret_cast<unsigned long long*>(wrong.data());
+  count_wrong_roots<<<1024, 256>>>(counts);
+  count_wrong_quotients<<<1024, 256>>>(counts + 1, uint64_t(1) << 31);
+  testing::require(cudaDeviceSynchronize());
+  EXPECT_EQ(wrong.host<unsigned long long>()[0], 0u) << "of all roots";
+  EXPECT_EQ(wrong.host<unsigned long long>()[1], 0u) << "of 2^31 quotients";
 }
 
 }  // namespace

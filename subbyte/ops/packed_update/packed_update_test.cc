@@ -159,6 +159,59 @@ TEST_P(PackedUpdateKernelTest, ThreeStepsOfEveryRuleShapeAndStateHaveTheBitsOfTh
   }
 }
 
+// Rows that the kernels walk in whole blocks of 256 columns, with a tail, and with segments and gradients that stop them.
+TEST_P(PackedUpdateKernelTest, WholeBlocksOfEveryPairOfMomentsAndEveryWidthHaveTheBitsOfTheReference) {
+  uint32_t i = 0;
+  const auto compare = [&](const MatrixShape& shape, UpdateRule rule, MomentType m_type, MomentType v_type, DType t,
+                           int residual_bits) {
+    ++i;
+    RandomMatrix matrix(shape, i);
+    State got(matrix, m_type, v_type, residual_bits), want(matrix, m_type, v_type, residual_bits);
+    for (uint32_t step = 0; step < 3; ++step) {
+      std::vector<uint8_t> grad = gradients(shape.n, shape.k, shape.k, t, false, i * 7 + step);
+      // One row of each step has a gradient to skip, the last row one that is just usable.
+      if (i % 2 == 0) store_float(grad.data(), t, step % shape.n * shape.k + 300, t == DType::kF16 ? INFINITY : -0x1p63f);
+      if (t != DType::kF16) store_float(grad.data(), t, (shape.n - 1) * shape.k + 20, 0x1.fep62f);
+      PackedUpdateParams p = numbers_of(rule, i + step);
+      if (m_type == MomentType::kNone) p.momentum = 0;
+      p.w = matrix.w;
+      p.grad = grad.data();
+      p.grad_dtype = t;
+      p.grad_stride = shape.k;
+      const float factor = 0.37f;
+      if (i % 3 == 2) p.grad_factor = &factor;
+      want.into(p);
+      reference::update_rows(p, 0, shape.n);
+      got.into(p);
+      kernel().update_rows(p, 0, shape.n);
+      const std::string what = shape.name() + " grad " + dtype_name(t) + " rule " + std::to_string(int(rule)) + " m " +
+                               std::to_string(int(m_type)) + " v " + std::to_string(int(v_type)) + " residual " +
+                               std::to_string(residual_bits) + " step " + std::to_string(step);
+      ASSERT_EQ(got.codes.copy(), want.codes.copy()) << what;
+      ASSERT_EQ(got.residual.copy(), want.residual.copy()) << what;
+      ASSERT_TRUE(got.m == want.m) << what;
+      ASSERT_TRUE(got.v == want.v) << what;
+      ASSERT_TRUE(got.intact() && want.intact()) << what;
+    }
+  };
+  const ZeroKind kinds[] = {ZeroKind::kFixed, ZeroKind::kZeros, ZeroKind::kOffsets};
+  for (const MomentType m_type : kMomentTypes)
+    for (const MomentType v_type : kMomentTypes)
+      for (const DType t : kGradTypes)
+        compare({"uint4", 3, 600, 64, kinds[i % 3], DType::kBF16, DType::kF32}, UpdateRule::kAdamW, m_type, v_type, t, 0);
+  for (const UpdateRule rule : {UpdateRule::kSign, UpdateRule::kSgd})
+    for (const MomentType m_type : {MomentType::kNone, MomentType::kF32, MomentType::kBF16, MomentType::kQ8, MomentType::kQ4})
+      for (const DType t : {DType::kBF16, DType::kF32})
+        compare({"uint8", 2, 512, 96, kinds[i % 3], DType::kF16, DType::kF16}, rule, m_type, MomentType::kNone, t, 0);
+  for (const FormatInfo& info : kFormats)
+    for (const int residual_bits : {0, 3, 4, 8})
+      compare({info.name, 2, 1024, 256, kinds[i % 3], DType::kF32, DType::kF32}, UpdateRule::kAdamW, MomentType::kQ8,
+              MomentType::kQ8, DType::kBF16, residual_bits);
+  compare({"uint4*288+uint2*736", 3, 1024, 32}, UpdateRule::kAdamW, MomentType::kQ8, MomentType::kQ8, DType::kBF16, 0);
+  compare({"uint4*512+sign*512", 3, 1024, 32}, UpdateRule::kAdamW, MomentType::kQ8, MomentType::kQ4, DType::kBF16, 2);
+  compare({"uint5", 2, 3072, 32, ZeroKind::kZeros}, UpdateRule::kAdamW, MomentType::kQ8, MomentType::kQ8, DType::kBF16, 0);
+}
+
 TEST(PackedUpdate, TheTableHasOneRowAnInstructionSetAndSelectionTakesTheBest) {
   EXPECT_STREQ(select_packed_update_kernel(Isa::kScalar).name, "packed_update_reference");
 #if defined(__x86_64__)
@@ -324,16 +377,22 @@ TEST(PackedUpdate, BrokenGradientsAreSkippedAndTheirMomentsStay) {
     }
 }
 
-// The value of a blockwise code by the written formula, in double.
-double moment_of(const OwnedMoment& x, int64_t k, bool is_signed) {
-  const bool eight = x.type == MomentType::kQ8;
-  const double code = eight ? x.data.data()[k] : get_code(x.data.data(), k, 4), absmax = x.absmax.data()[k / kMomentBlock];
+// The value of a blockwise code as a part of absmax by the written formula, in double; and that of a stored one.
+double part_of(MomentType type, bool is_signed, uint32_t code) {
+  const bool eight = type == MomentType::kQ8;
+  const int per_octave = eight ? 8 : 1, octaves = is_signed ? (eight ? 15 : 7) : (eight ? 31 : 15);
+  double sign = 1;
   if (is_signed) {
-    const double levels = eight ? 127 : 7, c = (code - levels - 1) / levels;
-    return absmax * c * std::fabs(c);
+    const uint32_t half = eight ? 128 : 8;
+    sign = code >= half ? -1 : 1;
+    code %= half;
   }
-  const double c = code / (eight ? 255 : 15);
-  return absmax * c * c * c * c;
+  const double t = std::ldexp(1 + double(int(code) % per_octave) / per_octave, int(code) / per_octave);
+  return sign * (t - 1) / (std::ldexp(1.0, octaves) - 1);
+}
+double moment_of(const OwnedMoment& x, int64_t k, bool is_signed) {
+  const uint32_t code = x.type == MomentType::kQ8 ? x.data.data()[k] : get_code(x.data.data(), k, 4);
+  return double(x.absmax.data()[k / kMomentBlock]) * part_of(x.type, is_signed, code);
 }
 
 TEST(PackedUpdate, BlockwiseMomentsAreUnbiasedInValueAndSmallPositiveOnesNeverBecomeZero) {
@@ -352,7 +411,7 @@ TEST(PackedUpdate, BlockwiseMomentsAreUnbiasedInValueAndSmallPositiveOnesNeverBe
       p.grad_stride = kK;
       p.maximize = false;
       packed_update(p);
-      double sum[2] = {}, squares[2] = {};
+      double sum[2] = {};
       const double m_want = 0.1 * part * 4, v_want = 0.001 * part * part * 16;
       for (int64_t k = 0; k < kK; ++k) {
         if (k % kMomentBlock == 0) {
@@ -364,15 +423,18 @@ TEST(PackedUpdate, BlockwiseMomentsAreUnbiasedInValueAndSmallPositiveOnesNeverBe
         EXPECT_GT(b, 0) << k;
         sum[0] += a;
         sum[1] += b;
-        squares[0] += a * a;
-        squares[1] += b * b;
       }
       const double count = double(kK - kBlocks);
       for (int i = 0; i < 2; ++i) {
-        const double mean = sum[i] / count, error = std::sqrt(std::max(0.0, squares[i] / count - mean * mean) / count);
-        const double floor4 = i == 1 && type == MomentType::kQ4 ? std::pow(1.0 / 15, 4) / (part * part) : 0;
-        // Below the smallest code v is held up to it.
-        EXPECT_NEAR(mean, std::max(1.0, floor4), 6 * error + 1e-5) << (i ? "v " : "m ") << part << " type " << int(type);
+        // Between the neighbours low and high the upper one has the probability of the fraction.
+        const double value = i == 0 ? part : part * part;
+        uint32_t code = i;  // v is held up to code 1
+        while (part_of(type, i == 0, code + 1) <= value) ++code;
+        const double low = part_of(type, i == 0, code), high = part_of(type, i == 0, code + 1);
+        const double fraction = std::max(0.0, (value - low) / (high - low));
+        const double error = (high - low) / value * std::sqrt(fraction * (1 - fraction) / count);
+        EXPECT_NEAR(sum[i] / count, std::max(1.0, low / value), 6 * error + 1e-5)
+            << (i ? "v " : "m ") << part << " " << int(type);
       }
     }
 }
@@ -414,18 +476,62 @@ TEST(PackedUpdate, ASlowAverageInEightOrSixteenBitsIsNotStuck) {
   }
 }
 
-TEST(PackedUpdate, TheThreeUniformsOfAnElementFillTheSquareEvenly) {
-  constexpr int kCells = 32, kCount = 1 << 18;
+// Chi-square of pairs of uniforms over a grid of cells, in standard deviations from its mean.
+double unevenness(const std::vector<std::pair<uint32_t, uint32_t>>& pairs) {
+  constexpr uint32_t kShift = 27, kCells = 1u << (32 - kShift);
+  std::vector<int> cells(kCells * kCells);
+  for (const auto& [a, b] : pairs) ++cells[(a >> kShift) * kCells + (b >> kShift)];
+  double chi = 0;
+  const double expected = double(pairs.size()) / double(cells.size());
+  for (const int c : cells) chi += (c - expected) * (c - expected) / expected;
+  const double freedom = double(cells.size() - 1);
+  return (chi - freedom) / std::sqrt(2 * freedom);
+}
+
+TEST(PackedUpdate, WordsAreIndependentBetweenTheirThreeUsesColumnsBlocksSeedsAndSteps) {
+  constexpr uint64_t kBlocks = 1 << 11;
+  const uint64_t key = step_key(5, 6);
+  const uint32_t mixes[] = {1, kMixM, kMixV};
+  std::vector<std::vector<uint32_t>> words(kBlocks, std::vector<uint32_t>(size_t(kMomentBlock)));
+  for (uint64_t i = 0; i < kBlocks; ++i)
+    for (uint32_t j = 0; j < kMomentBlock; ++j) words[i][j] = random_word(block_key(key, i), j);
+  std::vector<std::pair<uint32_t, uint32_t>> pairs;
   for (const auto& [a, b] : {std::pair{1u, kMixM}, {1u, kMixV}, {kMixM, kMixV}}) {
-    std::vector<int> cells(kCells * kCells);
-    for (int i = 0; i < kCount; ++i) {
-      const uint32_t word = philox_word(5, 6, uint64_t(i));
-      ++cells[size_t(int(uniform24(word * a) * kCells) * kCells + int(uniform24(word * b) * kCells))];
+    pairs.clear();
+    for (const auto& row : words)
+      for (const uint32_t w : row) pairs.emplace_back(w * a, w * b);
+    EXPECT_LT(std::fabs(unevenness(pairs)), 6) << a << " " << b;
+  }
+  for (const uint32_t mix : mixes)
+    for (const size_t lag : {1, 2, 3, 4, 8, 16, 34, 64, 89, 128}) {
+      pairs.clear();
+      for (const auto& row : words)
+        for (size_t j = 0; j + lag < row.size(); ++j) pairs.emplace_back(row[j] * mix, row[j + lag] * mix);
+      EXPECT_LT(std::fabs(unevenness(pairs)), 6) << "columns " << mix << " " << lag;
     }
-    double chi = 0;
-    const double expected = double(kCount) / double(cells.size());
-    for (const int c : cells) chi += (c - expected) * (c - expected) / expected;
-    EXPECT_NEAR(chi, double(cells.size()), 6 * std::sqrt(2.0 * double(cells.size())));
+  for (const uint64_t step : {1u, 2u, 16u}) {
+    pairs.clear();
+    for (uint64_t i = 0; i + step < kBlocks; ++i)
+      for (size_t j = 0; j < size_t(kMomentBlock); ++j) pairs.emplace_back(words[i][j], words[i + step][j]);
+    EXPECT_LT(std::fabs(unevenness(pairs)), 6) << "blocks " << step;
+  }
+  for (const uint64_t other : {step_key(5, 7), step_key(6, 6), step_key(5, 6 + (uint64_t(1) << 40))}) {
+    pairs.clear();
+    for (uint64_t i = 0; i < kBlocks; ++i)
+      for (uint32_t j = 0; j < kMomentBlock; ++j) pairs.emplace_back(words[i][j], random_word(block_key(other, i), j));
+    EXPECT_LT(std::fabs(unevenness(pairs)), 6) << "keys";
+  }
+  // Sums of neighbours spread as those of independent uniforms do.
+  for (const size_t run : {2, 8, 64, 256}) {
+    double squares = 0;
+    size_t count = 0;
+    for (const auto& row : words)
+      for (size_t j = 0; j < row.size(); j += run, ++count) {
+        double sum = 0;
+        for (size_t i = j; i < j + run; ++i) sum += double(row[i]) * 0x1p-32 - 0.5;
+        squares += sum * sum;
+      }
+    EXPECT_NEAR(squares / double(count) * 12 / double(run), 1, 6 * std::sqrt(2.0 / double(count))) << run;
   }
 }
 

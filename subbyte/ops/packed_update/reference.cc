@@ -6,7 +6,8 @@ namespace subbyte::reference {
 
 void update_rows(const PackedUpdateParams& p, int64_t row_begin, int64_t row_end) noexcept {
   const UpdateNumbers c = update_numbers(p, host_numbers(p));
-  for (int64_t n = row_begin; n < row_end; ++n) update_row(p, c, n);
+  const uint64_t key = step_key(p.seed, c.offset);
+  for (int64_t n = row_begin; n < row_end; ++n) update_row(p, c, key, n);
 }
 
 }  // namespace subbyte::reference
