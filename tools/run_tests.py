@@ -186,12 +186,6 @@ def cli(run):
 
 
 @stage
-def examples(run):
-    """The C++ examples build."""
-    return run.check("cmake", "--build", run.build("core", "subbyte_core"), "-j", JOBS, "--target", "run_checkpoint")
-
-
-@stage
 def core_asan(run):
     """Core tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
     return run.gtest(run.build("core-asan", "core_tests") / "subbyte" / "core_tests")
@@ -233,6 +227,14 @@ def build_torch(run):
 def torch(run):
     """LibTorch layer: build, tests in C++."""
     return run.gtest(build_torch(run) / "subbyte_torch" / "torch_tests")
+
+
+@stage
+def examples(run):
+    """The example programs: they build, and run on a slice of their data."""
+    run.build("core", "subbyte", "run_checkpoint")
+    build_torch(run)
+    return run.pytest("tests/examples")
 
 
 @stage
@@ -293,10 +295,10 @@ def cuda_compilers():
 
 @stage
 def demo(run):
-    """The demo, shortened: one window of text, fewer settings; the example programs on a slice of their data."""
+    """The demo, shortened: one window of text, fewer settings."""
     build_torch(run)
     run.build("core", "subbyte", "run_checkpoint")
-    return run.pytest("tests/demo", "tests/examples")
+    return run.pytest("tests/demo")
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------
