@@ -87,19 +87,25 @@ class PackedWeight(torch.Tensor):
     def __new__(
         cls,
         codes,
-        scales,
+        scales=None,
         zeros=None,
         offsets=None,
         perm=None,
         residual=None,
         *,
-        format,
-        in_features,
-        group_size,
+        format=None,
+        in_features=None,
+        group_size=None,
         residual_bits=0,
         dtype=None,
         requires_grad=False,
     ):
+        if isinstance(codes, PackedWeight) or any(part is None for part in (scales, format, in_features, group_size)):
+            raise ValueError(
+                f"PackedWeight: codes is {type(codes).__name__}, expected the parts codes, scales, format, in_features and "
+                "group_size. w.detach() or w.clone() makes another PackedWeight of w; code that offloads parameters one by one "
+                "(accelerate.cpu_offload, disk_offload) cannot hold packed ones"
+            )
         in_features, group_size, residual_bits = int(in_features), int(group_size), int(residual_bits)
         given = (codes, scales, zeros, offsets, perm, residual)
         *meta, meta_residual = [None if t is None else t.detach().to("meta") for t in given]

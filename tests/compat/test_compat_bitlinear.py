@@ -213,3 +213,9 @@ def test_state_has_the_old_keys_and_round_trips(make):
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     for other in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), layer(x))
+
+
+def test_multi_ternary_linear_tells_its_number_of_terms():
+    from subbyte.compat.bitlinear import MultiTernaryLinear
+
+    assert MultiTernaryLinear(16, 8, k=2).k == 2 and MultiTernaryLinear.from_linear(torch.nn.Linear(16, 8), k=4).k == 4

@@ -515,3 +515,31 @@ def test_function_apply_brings_the_gradients(device):
     y.sum().backward()
     torch.testing.assert_close(x.grad.cpu().double(), w.sum(1).expand(3, 64), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(q.privileged_grad, x.detach().sum(0)[:, None].expand(64, 8))
+
+
+@pytest.mark.parametrize("kind", ["MPQLinearCuda", "MBWQLinearCuda"])
+def test_a_qweight_made_anew_from_outside_belongs_to_its_layer(kind):
+    """accelerate.init_empty_weights calls type(p)(p.to("meta"), **p.__dict__), its loading type(p)(values, requires_grad)."""
+    import bitorch_engine.layers.qlinear.nbit.cuda as cuda
+
+    options = {"w_bit": 4, "group_size": 32, "dq_group_size": 32, "dtype": torch.half}
+    options.update({"use_mbw": False} if kind == "MBWQLinearCuda" else {})
+    layer, source = (getattr(cuda, kind)(64, 32, **options) for _ in range(2))
+    for name, buffer in source.named_buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape))
+    source.set_qweight_data(torch.randint(-(2**31), 2**31, source.qweight.shape, dtype=torch.int64).to(torch.int32))
+    parameter = layer._parameters["qweight"]
+    empty = type(parameter)(parameter.to("meta"), **{**parameter.__dict__, "requires_grad": True})
+    assert empty.is_meta and empty.w_bit == 4 and empty.requires_grad
+    layer._parameters["qweight"] = type(parameter)(source.qweight.detach().clone(), requires_grad=True)
+    for name, buffer in source.named_buffers():
+        layer._buffers[name] = buffer.clone()
+    for module in (layer, source):
+        module.prepare_params()
+    x = torch.randn(3, 64).half()
+    assert torch.equal(layer(x), source(x)) and layer.qweight.scales is layer.scales and layer.qweight.w_bit == 4
+    layer(x).sum().backward()
+    assert layer.qweight.privileged_grad.shape == (64, 32)
+    with pytest.raises(TypeError, match="unknown argument width"):
+        type(parameter)(parameter.detach(), width=3)

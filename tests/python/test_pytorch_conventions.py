@@ -306,3 +306,31 @@ def test_the_fast_path_of_the_transformer_encoder():
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             torch.testing.assert_close(encoder(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_moves_while_an_output_is_kept():
+    network = model()
+    x, y = batch()
+    kept = network(x)
+    F.cross_entropy(kept, y).backward()
+    weight, gradient = network[0].weight, network[0].weight.grad
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        network.to(dtype)
+        assert network[0].weight is weight and weight.dtype == weight.grad.dtype == network[0].bias.dtype == dtype
+        assert network(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(weight.grad, gradient, rtol=2**-8, atol=0)
+    assert torch.equal(weight.codes, model()[0].weight.codes) and list(dict(network[0].named_parameters())) == [
+        "weight",
+        "bias",
+    ]
+    tied = Tied()
+    kept = tied(torch.arange(4))
+    assert tied.double().head.weight is tied.table.weight and tied.head.weight.dtype == torch.float64
+
+
+def test_a_packed_weight_is_not_made_of_another():
+    weight = model()[0].weight
+    with pytest.raises(ValueError, match="codes is PackedWeight"):
+        PackedWeight(weight, requires_grad=True)
+    with pytest.raises(ValueError, match="codes is Tensor, expected the parts"):
+        PackedWeight(weight.codes)

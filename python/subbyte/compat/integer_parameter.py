@@ -30,8 +30,10 @@ class IntegerParameter(torch.nn.Parameter):
         attributes = {**dict(zip(self._attributes, values)), **attributes}
         for name in self._attributes:
             setattr(self, name, attributes.pop(name, self._defaults.get(name)))
-        if attributes:
-            raise TypeError(f"{type(self).__name__}: unknown argument {next(iter(attributes))}")
+        # accelerate.init_empty_weights makes a parameter anew from all that its __dict__ holds.
+        unknown = [name for name in attributes if not name.startswith("_") and name != "requires_grad"]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: unknown argument {unknown[0]}")
 
     @property
     def data(self):

@@ -79,6 +79,7 @@ class MPQWeightParameter(IntegerParameter):
 
     def bind(self, layer):
         """Makes the layer the owner of the quantization data."""
+        self.__dict__.pop("_own", None)
         self._owner = weakref.ref(layer)
 
     def _state(self):
@@ -252,6 +253,15 @@ class MPQLinearBase(PackedLayer, torch.nn.Module):
         self.register_buffer("wf", torch.arange(0, 32, b, dtype=torch.int32, device=self.device).unsqueeze(0))
         self._buffer("scales", self._groups, n, fill=1)
         (self.init_gba if self.use_gba_quant else self.init_gptq)()
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        if name == "qweight" and isinstance(value, MPQWeightParameter) and value._layer() is not self:
+            # Put into _parameters from outside (accelerate loads so): what it belongs to is this layer's to say.
+            value.w_bit, value.asym, value.group_size = self.w_bit, self.asym, self.group_size
+            value.layer_type = self.layer_type
+            value.bind(self)
+        return value
 
     def _make_qweight(self, words):
         self.qweight = MPQWeightParameter(

@@ -31,6 +31,33 @@ class _PackedState:
                 name: _described(w) for name, w in packed.items()
             }
 
+    def _apply(self, fn, recurse=True):
+        # Module._apply swaps tensors, which is refused while a graph (any output that is kept) refers to the weight. On one
+        # device the weight takes the new parts instead.
+        parameters, done, moved = dict(self._parameters), [], {}
+        for name, weight in parameters.items():
+            if not isinstance(weight, PackedWeight):
+                continue
+            with torch.no_grad():
+                applied = fn(weight)
+                if not isinstance(applied, PackedWeight) or applied.device != weight.device:
+                    moved[id(weight)] = applied
+                    continue
+                if applied is not weight:
+                    gradient = None if weight.grad is None else fn(weight.grad)
+                    weight.grad = None
+                    weight.data = applied
+                    weight.grad = gradient
+            done.append(name)
+            del self._parameters[name]
+        try:
+            super()._apply(lambda t: moved.pop(id(t)) if id(t) in moved else fn(t), recurse)
+        finally:
+            rest = dict(self._parameters)
+            self._parameters.clear()
+            self._parameters.update({name: parameters[name] if name in done else rest[name] for name in parameters})
+        return self
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         parameters = dict(self._parameters)
         packed = {name: p for name, p in parameters.items() if isinstance(p, PackedWeight)}

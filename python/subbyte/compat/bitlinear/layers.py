@@ -60,6 +60,11 @@ class MultiTernaryLinear(_OldKeys, nn.MultiTernaryLinear):
         """[k, n]."""
         return self.gamma
 
+    @property
+    def k(self):
+        """The number of terms."""
+        return self.gamma.shape[0]
+
 
 def convert_linear_to_bitlinear(module, inplace=False, **options):
     """Every torch.nn.Linear in `module`, itself included, becomes a BitLinear. Returns the module; a copy unless inplace."""
