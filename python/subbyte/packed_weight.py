@@ -539,7 +539,7 @@ def _function_set_data(self, value):
             return None
         with torch._C.DisableTorchFunctionSubclass():
             torch.Tensor.data.__set__(self, value)  # dtype, device and strides
-        for name in (*PART_NAMES, "format", "in_features", "group_size", "transposed"):
+        for name in (*PART_NAMES, "format", "in_features", "group_size", "residual_bits", "transposed"):
             setattr(self, name, getattr(value, name))
     return None
 

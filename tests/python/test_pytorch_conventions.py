@@ -334,3 +334,12 @@ def test_a_packed_weight_is_not_made_of_another():
         PackedWeight(weight, requires_grad=True)
     with pytest.raises(ValueError, match="codes is Tensor, expected the parts"):
         PackedWeight(weight.codes)
+
+
+def test_data_of_a_weight_with_a_residual_can_be_assigned():
+    values = torch.randn(8, 32)
+    plain = PackedWeight.from_float(values, bits=4, group_size=16)
+    fine = PackedWeight.from_float(values, bits=4, group_size=16, residual_bits=4)
+    plain.data = fine
+    assert plain.residual_bits == 4 and torch.equal(plain.residual, fine.residual)
+    assert torch.equal(plain.to(torch.float64).dequantize(), fine.to(torch.float64).dequantize())
