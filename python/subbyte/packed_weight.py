@@ -854,6 +854,8 @@ def _add_rows_(weight, rows, values, alpha, rounding, seed, offset):
         weight.residual_bits,
         weight.dtype,
     )
+    if values.device.type != "cpu":  # as _store
+        values = torch.where(values.isfinite(), values, 0)
     dense = touched.dequantize_fine(torch.float32).add_(values, alpha=alpha)
     arguments = (touched.residual, touched.residual_bits, dense, rounding, seed, offset)
     _ops.encode_fine_(*touched.packed_args, *arguments)

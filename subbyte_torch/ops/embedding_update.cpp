@@ -5,7 +5,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -153,7 +155,8 @@ void add_shape(SB_ADD_PARAMS) {
                     rows.sym_size(0), ", ", in_features, "]");
 }
 
-// Composed: the parts of the touched rows are gathered, decoded, encoded and put back; each pass is T rows long.
+// Composed: the parts of the touched rows are gathered, decoded, encoded and put back; each pass is T rows long. encode refuses
+// values that are not finite on the CPU; on a GPU, which cannot refuse without being waited for, they are left out.
 void add_composed(SB_ADD_PARAMS) {
   add_shape(SB_ADD);
   check_device("embedding_add_", "rows", rows, "codes", codes);
@@ -170,7 +173,8 @@ void add_composed(SB_ADD_PARAMS) {
   const OptionalTensor part_zeros = gathered(zeros), part_offsets = gathered(offsets);
   const at::Tensor dense = ops::dequantize(codes.index_select(0, rows), part_scales, part_zeros, part_offsets, perm, format,
                                            in_features, group_size, at::kFloat);
-  dense.add_(values.to(at::kFloat), alpha);
+  const at::Tensor added = values.to(at::kFloat);
+  dense.add_(values.is_cuda() ? at::where(at::isfinite(added), added, 0) : added, alpha);
   const at::Tensor encoded =
       ops::encode(dense, part_scales, part_zeros, part_offsets, perm, format, group_size, rounding, seed, offset);
   codes.index_copy_(0, rows, encoded);

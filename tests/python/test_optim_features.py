@@ -289,9 +289,10 @@ def test_forward_backward_and_step_replay_from_a_cuda_graph_with_the_bits_of_eag
     if not torch.cuda.is_available() or not subbyte.info()["has_cuda"]:
         pytest.skip("no CUDA device, or a library without CUDA kernels")
     captured, eager = build("cuda"), build("cuda")
-    rate = torch.tensor(1e-2, device="cuda") if name != "sgd" else 1e-2
+    # Both rates in float32: as a Python number it would be another one, and with it the rates that are formed from it.
+    rate, eager_rate = (torch.tensor(1e-2, device="cuda") if name != "sgd" else 1e-2 for _ in range(2))
     a = FUSED[name](captured.parameters(), lr=rate, capturable=True, scales=scales)
-    b = FUSED[name](eager.parameters(), lr=1e-2, capturable=True, scales=scales)
+    b = FUSED[name](eager.parameters(), lr=eager_rate, capturable=True, scales=scales)
     x, y = batch("cuda")
     x, y = x.clone(), y.clone()
 
@@ -320,7 +321,7 @@ def test_forward_backward_and_step_replay_from_a_cuda_graph_with_the_bits_of_eag
             y.copy_(new_y)
             if t == 5 and name != "sgd":  # a scheduler writes into the captured rate
                 rate.fill_(5e-3)
-                b.param_groups[0]["lr"] = 5e-3
+                eager_rate.fill_(5e-3)
             graph.replay()
         step_data = (x.clone(), y.clone())
         loss = F.mse_loss(eager(step_data[0]), step_data[1])
