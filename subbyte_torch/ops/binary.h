@@ -1,6 +1,7 @@
 // Products of signs: sign(v) = +1 for v >= 0 (also -0), else -1. Formulas of the values:
 // subbyte/ops/binary_matmul/binary_matmul.h and binary_conv2d.h; gradients straight-through, as written below. The sums are
-// exact integers until the scale.
+// exact integers until the scale; of two scales the first multiplies first, and each product is rounded (float32, for float64
+// float64).
 //
 // Scales and clips are floating-point tensors of one element, which stay on their device: nothing is read back. A scale that is
 // not above 0, or not finite, is a ValueError; on CUDA the next op throws it (device_checks.h) and the formula holds as it
@@ -15,12 +16,12 @@
 
 namespace subbyte::ops {
 
-// x [..., M, K], z [..., N, K] of one dtype, leading dimensions broadcast -> y [..., M, N] = x_clip z_clip (sign x . sign z^T).
+// x [..., M, K], z [..., N, K] of one dtype, leading dimensions broadcast -> y [..., M, N] = (sign x . sign z^T) x_clip z_clip.
 // With U = z_clip (G . sign z), summed over broadcast dimensions:
 //   dL/dx = 1[|x / x_clip| <= 1] U      dL/dx_clip = sum(U sign x) / sqrt(numel x)      and the same for z.
 at::Tensor binary_matmul(const at::Tensor& x, const at::Tensor& z, const at::Tensor& x_clip, const at::Tensor& z_clip);
 
-// X = x + shift; y [..., N] = scale_a scale_w (sign X . sign W^T) + bias. x [..., K]; W: `weight`, floating point [N, K], or
+// X = x + shift; y [..., N] = (sign X . sign W^T) scale_a scale_w + bias. x [..., K]; W: `weight`, floating point [N, K], or
 // `codes`, uint8 [N, ceil(K/8)] of the format "sign"; with both, codes give the values and `weight` only receives the gradient.
 // With U = scale_w (G . sign W) and V = scale_a (G^T . sign X):
 //   dL/dx = 1[|X / scale_a| <= 1] U       dL/dshift: its sum over rows      dL/dweight = V (a float, not rescaled, no mask)
@@ -29,7 +30,7 @@ at::Tensor binary_linear(const at::Tensor& x, const OptionalTensor& weight, cons
                          const OptionalTensor& shift, const at::Tensor& scale_a, const at::Tensor& scale_w,
                          const OptionalTensor& bias = std::nullopt);
 
-// X = x + shift, shift [C]; y [B, O, OH, OW] = scale_a scale_w conv2d(sign X, sign W) + bias, with pad_value (-1, 0 or 1)
+// X = x + shift, shift [C]; y [B, O, OH, OW] = conv2d(sign X, sign W) scale_a scale_w + bias, with pad_value (-1, 0 or 1)
 // outside the image. x [B, C, H, W], NCHW or channels_last (then y too). W as in binary_linear, [O, C/groups, KH, KW], K =
 // C/groups*KH*KW. Gradients as in binary_linear with convolutions for products; the borders of pad_value count in dL/dweight
 // and dL/dscale_a, whose divisor is sqrt(numel x).

@@ -83,7 +83,7 @@ at::Tensor binary_conv2d_with(Run run, SB_CONV_PARAMS) {
   check_scale_values(op, "scale_a", scale_a, "scale_w", scale_w);
   const at::Tensor image = shifted(x, shift).resolve_neg();
   const at::Tensor b = given(bias) ? bias_of(op, bias->to(x.scalar_type()), "x", x) : at::Tensor();
-  const at::Tensor scale = scale_product(scale_a, scale_w, x.scalar_type());
+  const at::Tensor scale = wide_scale(scale_a, x.scalar_type()), second = wide_scale(scale_w, x.scalar_type());
   BinaryConv2dParams p;
   at::Tensor w;
   if (given(codes)) {
@@ -114,6 +114,7 @@ at::Tensor binary_conv2d_with(Run run, SB_CONV_PARAMS) {
   p.groups = groups;
   p.pad_value = int(pad_value);
   p.scale = data_of(scale);
+  p.second_scale = data_of(second);
   p.bias = data_of(b);
   p.y = mutable_data_of(y);
   for (int i = 0; i < 4; ++i) {

@@ -61,7 +61,7 @@ at::Tensor binary_linear_with(Run run, const at::Tensor& x, const OptionalTensor
   check_scale_values(op, "scale_a", scale_a, "scale_w", scale_w);
   const Rows rows = rows_of(op, "x", shifted(x, shift));
   const at::Tensor b = given(bias) ? bias_of(op, bias->to(x.scalar_type()), "x", x) : at::Tensor();
-  const at::Tensor scale = scale_product(scale_a, scale_w, x.scalar_type());
+  const at::Tensor scale = wide_scale(scale_a, x.scalar_type()), second = wide_scale(scale_w, x.scalar_type());
   BinaryMatmulParams p;
   at::Tensor w;
   if (given(codes)) {
@@ -84,6 +84,7 @@ at::Tensor binary_linear_with(Run run, const at::Tensor& x, const OptionalTensor
   p.z_stride = p.k;
   p.y_stride = p.n;
   p.scale = data_of(scale);
+  p.second_scale = data_of(second);
   p.bias = data_of(b);
   translated([&] { run(p); });
   return y;

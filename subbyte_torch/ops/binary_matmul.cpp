@@ -44,7 +44,7 @@ at::Tensor binary_matmul_with(Run run, const at::Tensor& x, const at::Tensor& z,
   check_device(op, "z_clip", z_clip, "x", x);
   check_scale_values(op, "x_clip", x_clip, "z_clip", z_clip);
   const BatchedRows xr = batched_rows_of(op, "x", x, y), zr = batched_rows_of(op, "z", z, y);
-  const at::Tensor scale = scale_product(x_clip, z_clip, x.scalar_type());
+  const at::Tensor scale = wide_scale(x_clip, x.scalar_type()), second = wide_scale(z_clip, x.scalar_type());
   BinaryMatmulParams p;
   p.x = data_of(xr.tensor);
   p.z = data_of(zr.tensor);
@@ -60,6 +60,7 @@ at::Tensor binary_matmul_with(Run run, const at::Tensor& x, const at::Tensor& z,
   p.y_stride = p.n;
   p.y_batch_stride = p.m * p.n;
   p.scale = data_of(scale);
+  p.second_scale = data_of(second);
   translated([&] { run(p); });
   return y;
 }

@@ -46,9 +46,8 @@ void check_scale_values(const char* op, const char* first_name, const at::Tensor
   }
 }
 
-at::Tensor scale_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type) {
-  const at::ScalarType wide = wide_type(type);
-  return a.detach().to(wide).reshape({}) * b.detach().to(wide).reshape({});
+at::Tensor wide_scale(const at::Tensor& scale, at::ScalarType type) {
+  return scale.detach().to(wide_type(type)).resolve_neg().reshape({});
 }
 
 at::Tensor signs_of(const at::Tensor& v, at::ScalarType type) { return (v >= 0).to(type) * 2 - 1; }

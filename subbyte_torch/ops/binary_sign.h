@@ -12,8 +12,8 @@ void check_scale(const char* op, const char* name, const at::Tensor& scale);
 void check_scale_values(const char* op, const char* first_name, const at::Tensor& first, const char* second_name,
                         const at::Tensor& second);
 
-// a * b as one element of what sums of `type` are scaled in: float64 for float64, else float32.
-at::Tensor scale_product(const at::Tensor& a, const at::Tensor& b, at::ScalarType type);
+// The scale as one element of what sums of `type` are scaled in: float64 for float64, else float32.
+at::Tensor wide_scale(const at::Tensor& scale, at::ScalarType type);
 
 // +1 where v >= 0, else -1.
 at::Tensor signs_of(const at::Tensor& v, at::ScalarType type);

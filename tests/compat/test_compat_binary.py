@@ -651,3 +651,17 @@ def test_packed_activations_of_the_cpp_layer(shape, device):
         assert y.dtype == torch.float32 and torch.equal(y, layer(x))
     with pytest.raises(ValueError, match=r"\[\.\.\., 64 / 8\]"):
         layer(torch.zeros(2, 64, dtype=torch.uint8, device=device))
+
+
+def test_the_scales_multiply_one_after_the_other():
+    """torch.equal with sign product * scale_a * scale_w, as the original's tests have it."""
+    layer = linear().cuda.BinaryLinearCuda(64, 40)
+    layer.prepare_params()
+    x = torch.randn(32, 64)
+    with torch.no_grad():
+        layer.scale_a.fill_(0.1)
+        layer.scale_w.fill_(0.9)
+    product = sign(x) @ sign(layer.weight).t()
+    assert not torch.equal(product * layer.scale_a * layer.scale_w, product * (layer.scale_a * layer.scale_w))
+    for mode in (True, False):
+        assert torch.equal(layer.train(mode)(x), product * layer.scale_a * layer.scale_w)

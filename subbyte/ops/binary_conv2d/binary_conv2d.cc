@@ -241,7 +241,8 @@ void binary_conv2d(const BinaryConv2dParams& p) {
   const int64_t used_bytes = g.taps * g.tap_bytes;
   parallel_for(g.slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
     alignas(64) int32_t counts[kTile * kTile];
-    const ScaledSum scaled(p.dtype == DType::kF32 ? p.scale : nullptr, p.dtype == DType::kF32 ? p.bias : nullptr);
+    const bool f32 = p.dtype == DType::kF32;
+    const ScaledSum scaled(f32 ? p.scale : nullptr, f32 ? p.second_scale : nullptr, f32 ? p.bias : nullptr);
     for (int64_t slot = slot_begin; slot < slot_end; ++slot) {
       uint8_t* bits = base + g.slots_begin + slot * g.slot_bytes;
       auto* outside = reinterpret_cast<int32_t*>(bits + kTile * g.row_bytes);
@@ -262,7 +263,7 @@ void binary_conv2d(const BinaryConv2dParams& p) {
                                window % g.out_w * p.y_strides[3];
             const int32_t* list = outside + i * (g.taps + 1);
             const int32_t wrong = p.pad_value == 0 ? list[0] : 0;
-            if (wrong == 0 && p.dtype == DType::kF32) {
+            if (wrong == 0 && f32) {
               float* y = static_cast<float*>(p.y) + at + o0 * p.y_strides[1];
               for (int64_t n = 0; n < n_count; ++n)
                 y[n * p.y_strides[1]] = scaled.of(g.c_count * g.taps - 2 * int64_t(counts[i * kTile + n]),
@@ -273,7 +274,8 @@ void binary_conv2d(const BinaryConv2dParams& p) {
               const int64_t o = o0 + n;
               int64_t sum = g.c_count * g.taps - 2 * int64_t(counts[i * kTile + n]);
               for (int32_t t = 1; t <= wrong; ++t) sum += tap_sums[o * g.taps + list[t]];
-              store_scaled_sum(p.y, p.dtype, at + o * p.y_strides[1], sum, (nan[i] | weight_nan[o]) != 0, p.scale, p.bias, o);
+              store_scaled_sum(p.y, p.dtype, at + o * p.y_strides[1], sum, (nan[i] | weight_nan[o]) != 0, p.scale,
+                               p.second_scale, p.bias, o);
             }
           }
         }

@@ -1,4 +1,4 @@
-// y[b, o, i, j] = scale * S + bias[o],
+// y[b, o, i, j] = S * scale * second_scale + bias[o],
 //   S = sum over c, u, v of sign(x[b, g*C/G + c, i*stride_h - pad_h + u*dilation_h, j*stride_w - pad_w + v*dilation_w])
 //                         * sign(w[o, c, u, v]),     g = o / (O/G)
 // A position outside the image counts as pad_value: -1 or +1, or 0 for no contribution. sign(v) = +1 for v >= 0, else -1.
@@ -7,15 +7,15 @@
 // x       [B, C, H, W] float32, float16, bfloat16 or float64, any strides (elements): NCHW and channels_last alike
 // weight  [O, C/G, KH, KW] contiguous, any float type: only signs are read; or weight_bits u8 [O, ceil(K/8)], the codes of a
 //         "sign" matrix with K = C/G*KH*KW
-// scale   one float32 (float64 where x is float64), or null for 1; bias [O] of x's dtype, or null
+// scale, second_scale  one float32 (float64 where x is float64), or null for 1; bias [O] of x's dtype, or null
 // y       [B, O, OH, OW] of x's dtype, any strides; OH = binary_conv2d_out_size(H, KH, stride_h, pad_h, dilation_h)
-// S is an exact integer. float(S) * scale, then + bias, in float32 (float64: double), rounded once. Same bits on every path and
-// thread count. A NaN makes NaN of every output whose window holds it, in its group; a NaN weight its output channel.
-// B, C, O, H, W may be 0 where the padded image holds a kernel (C = 0 gives the bias). Spare bits of weight_bits are not read.
-// Errors: std::invalid_argument for sizes, a kernel larger than the padded image, groups that divide C or O not, pad_value,
-// both or neither of weight and weight_bits, missing arrays, a small workspace. Threads: parallel over B, output pixels and
-// blocks of O. Workspace: binary_conv2d_workspace_bytes() bytes, 64-byte aligned, content ignored: bits of x and w, and a tile
-// of gathered windows for each of at most 64 tasks.
+// S is an exact integer. (float(S) * scale) * second_scale, then + bias, in float32 (float64: double), rounded once. Same bits
+// on every path and thread count. A NaN makes NaN of every output whose window holds it, in its group; a NaN weight its output
+// channel. B, C, O, H, W may be 0 where the padded image holds a kernel (C = 0 gives the bias). Spare bits of weight_bits are
+// not read. Errors: std::invalid_argument for sizes, a kernel larger than the padded image, groups that divide C or O not,
+// pad_value, both or neither of weight and weight_bits, missing arrays, a small workspace. Threads: parallel over B, output
+// pixels and blocks of O. Workspace: binary_conv2d_workspace_bytes() bytes, 64-byte aligned, content ignored: bits of x and w,
+// and a tile of gathered windows for each of at most 64 tasks.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +36,7 @@ struct BinaryConv2dParams {
   int64_t groups = 1;
   int pad_value = 0;
   const void* scale = nullptr;
+  const void* second_scale = nullptr;
   const void* bias = nullptr;
   void* y = nullptr;
   int64_t y_strides[4] = {0, 0, 0, 0};

@@ -70,7 +70,7 @@ TEST(BinaryConv2dCuda, GivesTheReferencesBits) {
         p.x = x.data();
         p.weight = bits ? nullptr : w.data();
         p.weight_bits = bits ? codes.data() : nullptr;
-        p.scale = scale_bytes.data();
+        p.scale = p.second_scale = scale_bytes.data();
         p.bias = bias.data();
         p.y = want.data();
         reference::binary_conv2d(p);
@@ -78,7 +78,7 @@ TEST(BinaryConv2dCuda, GivesTheReferencesBits) {
         p.x = dx.data();
         p.weight = bits ? nullptr : dw.data();
         p.weight_bits = bits ? dcodes.data() : nullptr;
-        p.scale = dscale.data();
+        p.scale = p.second_scale = dscale.data();
         p.bias = dbias.data();
         p.y = dy.data();
         p.workspace_bytes = cuda::binary_conv2d_workspace_bytes(p);

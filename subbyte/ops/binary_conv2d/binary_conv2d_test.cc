@@ -85,7 +85,7 @@ std::vector<uint8_t> run(const Case& c, const Options& o) {
   p.x = x.data();
   if (o.bits) p.weight_bits = bits.data();
   else p.weight = w.data();
-  p.scale = o.dtype == DType::kF64 ? static_cast<const void*>(&wide) : &scale;
+  p.scale = p.second_scale = o.dtype == DType::kF64 ? static_cast<const void*>(&wide) : &scale;
   p.bias = bias.data();
   p.y = y.data();
   if (o.reference) {

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t o = group * g.o_count + first + j;
     if (first + j >= g.o_count) continue;
     store_scaled_sum(p.y, p.dtype, at + o * p.y_strides[1], counted - 2 * int64_t(count[j]), nan || weight_nan[o] != 0, p.scale,
-                     p.bias, o);
+                     p.second_scale, p.bias, o);
   }
 }
 

@@ -34,7 +34,7 @@ void binary_conv2d(const BinaryConv2dParams& p) noexcept {
                 sum += x == w ? 1 : -1;
               }
           store_scaled_sum(p.y, p.dtype, b * p.y_strides[0] + o * p.y_strides[1] + i * p.y_strides[2] + j * p.y_strides[3], sum,
-                           nan, p.scale, p.bias, o);
+                           nan, p.scale, p.second_scale, p.bias, o);
         }
 }
 

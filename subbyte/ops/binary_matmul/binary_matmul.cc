@@ -160,7 +160,7 @@ void binary_matmul(const BinaryMatmulParams& p) {
         for (int64_t m = 0; m < m_count; ++m) {
           if (p.dtype == DType::kF32) {
             float* y = static_cast<float*>(p.y) + b * p.y_batch_stride + (m0 + m) * p.y_stride + n0;
-            const ScaledSum sum(p.scale, p.bias);
+            const ScaledSum sum(p.scale, p.second_scale, p.bias);
             for (int64_t n = 0; n < n_count; ++n)
               y[n] = sum.of(p.k - 2 * int64_t(counts[m * kTile + n]), (x_nan[x_row + m0 + m] | z_nan[z_row + n]) != 0, n0 + n);
             continue;
@@ -169,7 +169,7 @@ void binary_matmul(const BinaryMatmulParams& p) {
           for (int64_t n = 0; n < n_count; ++n) {
             const int64_t sum = p.k - 2 * int64_t(counts[m * kTile + n]);
             const bool nan = (x_nan[x_row + m0 + m] | z_nan[z_row + n]) != 0;
-            store_scaled_sum(p.y, p.dtype, at + n, sum, nan, p.scale, p.bias, n0 + n);
+            store_scaled_sum(p.y, p.dtype, at + n, sum, nan, p.scale, p.second_scale, p.bias, n0 + n);
           }
         }
       }

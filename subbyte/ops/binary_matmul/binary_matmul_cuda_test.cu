@@ -45,7 +45,7 @@ TEST(BinaryMatmulCuda, GivesTheReferencesBits) {
         p.x = x.data();
         p.z = bits ? nullptr : z.data();
         p.z_bits = bits ? codes.data() : nullptr;
-        p.scale = scale_bytes.data();
+        p.scale = p.second_scale = scale_bytes.data();
         p.bias = bias.data();
         p.y = want.data();
         reference::binary_matmul(p);
@@ -53,7 +53,7 @@ TEST(BinaryMatmulCuda, GivesTheReferencesBits) {
         p.x = dx.data();
         p.z = bits ? nullptr : dz.data();
         p.z_bits = bits ? dcodes.data() : nullptr;
-        p.scale = dscale.data();
+        p.scale = p.second_scale = dscale.data();
         p.bias = dbias.data();
         p.y = dy.data();
         p.workspace_bytes = cuda::binary_matmul_workspace_bytes(p);

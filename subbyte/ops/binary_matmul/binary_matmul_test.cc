@@ -59,7 +59,7 @@ std::vector<uint8_t> run(const Case& c, bool reference, unsigned seed = 1) {
   p.y_batch_stride = c.m * c.n;
   const float scale = 0.37f;
   const double wide_scale = 0.37;
-  p.scale = c.dtype == DType::kF64 ? static_cast<const void*>(&wide_scale) : &scale;
+  p.scale = p.second_scale = c.dtype == DType::kF64 ? static_cast<const void*>(&wide_scale) : &scale;
   p.bias = c.bias ? bias.data() : nullptr;
   p.z_dtype = c.z_dtype;
   if (reference) {
@@ -173,6 +173,52 @@ TEST(BinaryMatmul, SumsStayIntegersUntilTheScale) {
   p.workspace_bytes = sizeof(memory);
   binary_matmul(p);
   EXPECT_EQ(bf16_to_float(y), 149.0f);
+}
+
+TEST(BinaryMatmul, MultipliesByOneScaleAfterTheOther) {
+  // (3 * scale) * second_scale differs from 3 * (scale * second_scale) in the last bit, in float32 and in float64.
+  constexpr int64_t kK = 3;
+  const std::vector<float> x(kK, 1.0f), z(2 * kK, -1.0f);
+  const float scale = 0.1f, second = 0.9f, bias[2] = {1.0f, 2.0f};
+  ASSERT_NE(-3.0f * scale * second, -3.0f * (scale * second));
+  float y[2] = {};
+  alignas(64) uint8_t memory[1024];
+  BinaryMatmulParams p;
+  p.x = x.data();
+  p.z = z.data();
+  p.y = y;
+  p.m = 1;
+  p.n = 2;
+  p.k = p.x_stride = p.z_stride = kK;
+  p.scale = &scale;
+  p.second_scale = &second;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  EXPECT_EQ(y[0], -3.0f * scale * second);
+  EXPECT_EQ(y[1], y[0]);
+  p.bias = bias;
+  p.scale = nullptr;
+  binary_matmul(p);
+  EXPECT_EQ(y[1], -3.0f * second + 2.0f);
+
+  const std::vector<double> wide_x(kK, 1.0), wide_z(kK, -1.0);
+  const double wide_scale = 0.1, wide_second = 0.9;
+  ASSERT_NE(-3.0 * wide_scale * wide_second, -3.0 * (wide_scale * wide_second));
+  double wide_y = 0;
+  p = {};
+  p.x = wide_x.data();
+  p.z = wide_z.data();
+  p.y = &wide_y;
+  p.dtype = p.z_dtype = DType::kF64;
+  p.m = p.n = 1;
+  p.k = p.x_stride = p.z_stride = kK;
+  p.scale = &wide_scale;
+  p.second_scale = &wide_second;
+  p.workspace = memory;
+  p.workspace_bytes = sizeof(memory);
+  binary_matmul(p);
+  EXPECT_EQ(wide_y, -3.0 * wide_scale * wide_second);
 }
 
 TEST(BinaryMatmul, FindsANanAtEveryPlaceOfALongRowInEveryType) {

@@ -57,7 +57,7 @@ struct Product {
   void* y;
   DType dtype;
   int64_t y_stride, y_batch_stride;
-  const void *scale, *bias;
+  const void *scale, *second_scale, *bias;
 };
 
 __global__ void __launch_bounds__(kThreads) count_tiles(Product p) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) count_tiles(Product p) {
       const int64_t r = ty + 16 * i, c = tx + 16 * j;
       if (m0 + r >= p.m || n0 + c >= p.n) continue;
       store_scaled_sum(p.y, p.dtype, b * p.y_batch_stride + (m0 + r) * p.y_stride + n0 + c, p.k - 2 * int64_t(count[i][j]),
-                       (p.x_nan[x_row + r] | p.z_nan[z_row + c]) != 0, p.scale, p.bias, n0 + c);
+                       (p.x_nan[x_row + r] | p.z_nan[z_row + c]) != 0, p.scale, p.second_scale, p.bias, n0 + c);
     }
 }
 
@@ -159,6 +159,7 @@ void binary_matmul(const BinaryMatmulParams& p, Stream stream) {
   q.y_stride = p.y_stride;
   q.y_batch_stride = p.y_batch_stride;
   q.scale = p.scale;
+  q.second_scale = p.second_scale;
   q.bias = p.bias;
   count_tiles<<<unsigned(tiles), kThreads, 0, stream_of(stream)>>>(q);
   check_launch(op);

@@ -17,7 +17,7 @@ void binary_matmul(const BinaryMatmulParams& p) noexcept {
                                              : is_plus(p.z, p.z_dtype, b * p.z_batch_stride + n * p.z_stride + k, nan);
           sum += x == z ? 1 : -1;
         }
-        store_scaled_sum(p.y, p.dtype, b * p.y_batch_stride + m * p.y_stride + n, sum, nan, p.scale, p.bias, n);
+        store_scaled_sum(p.y, p.dtype, b * p.y_batch_stride + m * p.y_stride + n, sum, nan, p.scale, p.second_scale, p.bias, n);
       }
 }
 

@@ -1,4 +1,4 @@
-// The last step of the binary products, the same on every path: an exact integer, scaled, shifted, rounded once.
+// The last step of the binary products, the same on every path: an exact integer, scaled twice, shifted, rounded once.
 #pragma once
 #include <cstdint>
 
@@ -6,16 +6,19 @@
 
 namespace subbyte {
 
-// scale: one float (one double where dtype is float64) or null for 1; bias: element i of an array of dtype, or null.
-SB_HD void store_scaled_sum(void* y, DType dtype, int64_t at, int64_t sum, bool nan, const void* scale, const void* bias,
-                            int64_t i) {
+// scale, second_scale: one float (one double where dtype is float64) or null for 1; bias: element i of an array of dtype, or
+// null.
+SB_HD void store_scaled_sum(void* y, DType dtype, int64_t at, int64_t sum, bool nan, const void* scale,
+                            const void* second_scale, const void* bias, int64_t i) {
   if (dtype == DType::kF64) {
     double v = double(sum) * (scale != nullptr ? *static_cast<const double*>(scale) : 1.0);
+    if (second_scale != nullptr) v *= *static_cast<const double*>(second_scale);
     if (bias != nullptr) v += static_cast<const double*>(bias)[i];
     static_cast<double*>(y)[at] = nan ? std::bit_cast<double>(uint64_t(0x7ff8000000000000)) : v;
     return;
   }
   float v = float(sum) * (scale != nullptr ? *static_cast<const float*>(scale) : 1.0f);
+  if (second_scale != nullptr) v *= *static_cast<const float*>(second_scale);
   if (bias != nullptr) v += load_float(bias, dtype, i);
   store_float(y, dtype, at, nan ? std::bit_cast<float>(uint32_t(0x7fc00000)) : v);
 }
@@ -23,16 +26,18 @@ SB_HD void store_scaled_sum(void* y, DType dtype, int64_t at, int64_t sum, bool 
 // store_scaled_sum for float32 with what does not change kept at hand.
 class ScaledSum {
  public:
-  SB_MEMBER_HD ScaledSum(const void* scale, const void* bias)
-      : scale_(scale != nullptr ? *static_cast<const float*>(scale) : 1.0f), bias_(static_cast<const float*>(bias)) {}
+  SB_MEMBER_HD ScaledSum(const void* scale, const void* second_scale, const void* bias)
+      : scale_(scale != nullptr ? *static_cast<const float*>(scale) : 1.0f),
+        second_scale_(second_scale != nullptr ? *static_cast<const float*>(second_scale) : 1.0f),
+        bias_(static_cast<const float*>(bias)) {}
   SB_MEMBER_HD float of(int64_t sum, bool nan, int64_t i) const {
-    float v = float(sum) * scale_;
+    float v = float(sum) * scale_ * second_scale_;
     if (bias_ != nullptr) v += bias_[i];
     return nan ? std::bit_cast<float>(uint32_t(0x7fc00000)) : v;
   }
 
  private:
-  float scale_;
+  float scale_, second_scale_;
   const float* bias_;
 };
 
