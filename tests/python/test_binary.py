@@ -43,7 +43,7 @@ def test_values_are_the_formula(device):
         layer.bias_a.normal_()
         layer.bias.normal_()
     x = torch.randn(3, 5, 24, device=device)
-    wanted = (sign(x + layer.bias_a) @ sign(layer.weight).T) * (layer.scale_a * layer.scale_w) + layer.bias
+    wanted = (sign(x + layer.bias_a) @ sign(layer.weight).T) * layer.scale_a * layer.scale_w + layer.bias
     assert torch.equal(layer(x), wanted)
     assert torch.equal(layer.eval()(x), wanted)
 
