@@ -3,8 +3,11 @@
 #include <torch/serialize/archive.h>
 #include <torch/utils.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
+
+#include "subbyte_torch/optim/moments.h"
 
 namespace subbyte::optim {
 namespace {
@@ -17,6 +20,8 @@ void check(const DiodeMixOptions& o) {
     TORCH_CHECK_VALUE(beta >= 0 && beta < 1, "DiodeMix: a beta is ", beta, ", expected a number in [0, 1)");
   TORCH_CHECK_VALUE(o.eps() >= 0, "DiodeMix: eps is ", o.eps(), ", expected at least 0");
   TORCH_CHECK_VALUE(o.weight_decay() >= 0, "DiodeMix: weight_decay is ", o.weight_decay(), ", expected at least 0");
+  TORCH_CHECK_VALUE(o.state_bits() == 8 || o.state_bits() == 16 || o.state_bits() == 32, "DiodeMix: state_bits is ",
+                    o.state_bits(), ", expected 8, 16 or 32");
   TORCH_CHECK_VALUE(o.rank() >= 0, "DiodeMix: rank is ", o.rank(), ", expected at least 0");
   if (o.rank() > 0) GaLoreProjector({o.rank(), o.update_proj_gap(), o.scale(), o.proj_type()});
 }
@@ -29,6 +34,21 @@ Tensor sign_of(const Tensor& t) { return torch::where(t.ge(0), 1.0, -1.0).to(t.s
 // -sign(w) delta.
 Tensor slow_average(const Tensor& signs) { return -signs * (torch::rand_like(signs) * 1e-3); }
 
+Tensor first_moment(const DiodeMixParamState& state, const DiodeMixOptions& o, torch::ScalarType type) {
+  return loaded_moment({state.exp_avg_l(), state.exp_avg_l_absmax()}, o.state_bits(), type);
+}
+
+Tensor second_moment(const DiodeMixParamState& state, const DiodeMixOptions& o, torch::ScalarType type, bool is_signed) {
+  return loaded_moment({state.exp_avg_s(), state.exp_avg_s_absmax()}, o.state_bits(), type, is_signed);
+}
+
+// is_signed: of the second.
+void keep(DiodeMixParamState& state, const DiodeMixOptions& o, const Tensor& l, const Tensor& s, bool is_signed) {
+  const Moment first = stored_moment(l, o.state_bits()), second = stored_moment(s, o.state_bits(), is_signed);
+  state.exp_avg_l(first.values).exp_avg_l_absmax(first.absmax);
+  state.exp_avg_s(second.values).exp_avg_s_absmax(second.absmax);
+}
+
 using Back = std::function<Tensor(const Tensor&)>;
 
 // w after a step of the ordinary rule; `w` itself is changed. Where `finite` (undefined: everywhere) is false, nothing changes.
@@ -36,11 +56,14 @@ Tensor moved(const Tensor& w, const Tensor& gradient, DiodeMixParamState& state,
              const Tensor& finite = {}) {
   const auto [beta1, beta2] = o.betas();
   const Tensor g = gradient.to(w.scalar_type());
-  if (!state.exp_avg_l().defined()) {
-    state.exp_avg_l(torch::zeros_like(g));
-    state.exp_avg_s(torch::zeros_like(g));
+  Tensor m, v;
+  if (state.exp_avg_l().defined()) {
+    m = first_moment(state, o, g.scalar_type());
+    v = second_moment(state, o, g.scalar_type(), /*is_signed=*/false);
+  } else {
+    m = torch::zeros_like(g);
+    v = torch::zeros_like(g);
   }
-  Tensor m = state.exp_avg_l(), v = state.exp_avg_s();
   if (finite.defined()) {
     m.copy_(torch::where(finite, m * beta1 + (1 - beta1) * g, m));
     v.copy_(torch::where(finite, v * beta2 + (1 - beta2) * g * g, v));
@@ -48,6 +71,7 @@ Tensor moved(const Tensor& w, const Tensor& gradient, DiodeMixParamState& state,
     m.mul_(beta1).add_(g, 1 - beta1);
     v.mul_(beta2).addcmul_(g, g, 1 - beta2);
   }
+  keep(state, o, m, v, /*is_signed=*/false);
   double eta = o.lr();
   const double t = double(state.step());
   if (o.correct_bias()) eta *= std::sqrt(1 - std::pow(beta2, t)) / (1 - std::pow(beta1, t));
@@ -96,17 +120,16 @@ void step_binary(const Signs& signs, const PackedWeight* w, const Tensor& gradie
                  const DiodeMixOptions& o, const Back& back, bool projected) {
   const auto [beta1, beta2] = o.betas();
   const Tensor g = gradient.to(signs.values.scalar_type());
-  if (!state.exp_avg_s().defined()) {
-    state.exp_avg_s(slow_average(signs.values));
-    state.exp_avg_l(torch::zeros_like(g));
-  }
-  Tensor l = state.exp_avg_l(), s = state.exp_avg_s();
+  const bool known = state.exp_avg_s().defined();
+  Tensor l = known ? first_moment(state, o, g.scalar_type()) : torch::zeros_like(g);
+  Tensor s = known ? second_moment(state, o, g.scalar_type(), /*is_signed=*/true) : slow_average(signs.values);
   // An element whose gradient is NaN or infinite keeps l, s and weight.
   const Tensor finite = g.isfinite();
   l.add_(torch::where(finite, g - l, torch::zeros_like(l)), 1 - beta1);
   const Tensor change = o.lr() * stored_order(w, back(l)).sign() - s;
   const Tensor moves = projected ? torch::ones_like(s, torch::kBool) : stored_order(w, finite);
   s.add_(torch::where(moves, change, torch::zeros_like(s)), 1 - beta2);
+  keep(state, o, l, s, /*is_signed=*/true);
   signs.flip(sign_of(-s).ne(signs.values).logical_and(moves));
 }
 
@@ -114,11 +137,18 @@ void step_table(PackedWeight& w, const Tensor& gradient, DiodeMixParamState& sta
   const double beta2 = std::get<1>(o.betas());
   const Tensor g = gradient.coalesce();
   const Tensor rows = g.indices()[0], values = stored_order(&w, g.values()).to(torch::kFloat);
-  if (!state.exp_avg_s().defined()) state.exp_avg_s(slow_average(signs_of(w).values));
+  if (state.bound() == 0) state.bound(std::max(1e-3, o.lr()));  // |s| never exceeds the larger of its start and lr
+  const double unit = o.state_bits() == 8 ? state.bound() / 127 : 1.0;
+  const auto stored = [&](const Tensor& s) {
+    if (o.state_bits() == 32) return s;
+    if (o.state_bits() == 16) return rounded_to_bfloat16(s);
+    return s.div(unit).add_(torch::rand_like(s)).floor_().clamp_(-127, 127).to(torch::kChar);
+  };
+  if (!state.exp_avg_s().defined()) state.exp_avg_s(stored(slow_average(signs_of(w).values)));
   const Signs signs = signs_of(w, rows);
-  Tensor s = state.exp_avg_s().index_select(0, rows);
+  Tensor s = state.exp_avg_s().index_select(0, rows).to(torch::kFloat).mul(unit);
   s.add_(torch::where(values.isfinite(), o.lr() * values.sign() - s, torch::zeros_like(s)), 1 - beta2);
-  state.exp_avg_s().index_copy_(0, rows, s);
+  state.exp_avg_s().index_copy_(0, rows, stored(s));
   signs.flip(sign_of(-s).ne(signs.values).logical_and(values.isfinite()));
 }
 
@@ -132,6 +162,7 @@ void DiodeMixOptions::serialize(torch::serialize::OutputArchive& archive) const 
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(correct_bias);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(binary);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(stochastic);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(state_bits);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(rank);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(update_proj_gap);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(scale);
@@ -146,6 +177,7 @@ void DiodeMixOptions::serialize(torch::serialize::InputArchive& archive) {
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, correct_bias);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, binary);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, stochastic);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, state_bits);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, rank);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, update_proj_gap);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, scale);
@@ -156,6 +188,9 @@ void DiodeMixParamState::serialize(torch::serialize::OutputArchive& archive) con
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(step);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(exp_avg_l);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(exp_avg_s);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(exp_avg_l_absmax);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(exp_avg_s_absmax);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(bound);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(galore_left);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(galore_right);
 }
@@ -164,6 +199,9 @@ void DiodeMixParamState::serialize(torch::serialize::InputArchive& archive) {
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, step);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, exp_avg_l);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, exp_avg_s);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, exp_avg_l_absmax);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, exp_avg_s_absmax);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, bound);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, galore_left);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(Tensor, galore_right);
 }

@@ -15,8 +15,8 @@
 // element that is NaN or infinite changes neither value nor state of packed and binary weights; where it is projected it counts
 // as 0.
 //
-// State is float32 (float64 for float64 parameters), the step a number on the host: nothing waits for the device but the
-// singular vectors of GaLore and the touched rows of a sparse gradient.
+// State is float32 (float64 for float64 parameters), or of 16 or 8 bits (moments.h), the step a number on the host: nothing
+// waits for the device but the singular vectors of GaLore and the touched rows of a sparse gradient.
 #pragma once
 #include <torch/optim/optimizer.h>
 #include <torch/optim/serialize.h>
@@ -44,6 +44,9 @@ struct DiodeMixOptions : public torch::optim::OptimizerCloneableOptions<DiodeMix
   TORCH_ARG(bool, binary) = false;
   // Of packed n-bit weights: stochastic rounding, whose seed is drawn from PyTorch's default CPU generator; otherwise nearest.
   TORCH_ARG(bool, stochastic) = true;
+  // Bits of each moment: 32, 16 (bfloat16) or 8 (blocks of 256). For l, s, m and v of 1-bit weights 64 bits a weight, or 32, or
+  // 16.
+  TORCH_ARG(int64_t, state_bits) = 32;
   // rank 0: no projection.
   TORCH_ARG(int64_t, rank) = 0;
   TORCH_ARG(int64_t, update_proj_gap) = 200;
@@ -61,6 +64,9 @@ struct DiodeMixParamState : public torch::optim::OptimizerCloneableParamState<Di
   TORCH_ARG(int64_t, step) = 0;
   TORCH_ARG(torch::Tensor, exp_avg_l);  // m, or l
   TORCH_ARG(torch::Tensor, exp_avg_s);  // v, or s
+  TORCH_ARG(torch::Tensor, exp_avg_l_absmax);
+  TORCH_ARG(torch::Tensor, exp_avg_s_absmax);
+  TORCH_ARG(double, bound) = 0;  // what 127 stands for in the int8 state of a table
   TORCH_ARG(torch::Tensor, galore_left);
   TORCH_ARG(torch::Tensor, galore_right);
 

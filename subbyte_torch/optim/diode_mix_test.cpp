@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "subbyte_torch/nn/linear.h"
+#include "subbyte_torch/optim/moments.h"
 
 namespace {
 
@@ -15,6 +16,8 @@ using subbyte::QuantizeOptions;
 using subbyte::optim::DiodeMix;
 using subbyte::optim::DiodeMixOptions;
 using subbyte::optim::GaLoreProjector;
+using subbyte::optim::loaded_moment;
+using subbyte::optim::stored_moment;
 using torch::Tensor;
 
 PackedWeight packed(const Tensor& w, const std::string& format) {
@@ -171,6 +174,75 @@ TEST(DiodeMix, O4StateAndOptionsSerialiseAndTrainingGoesOnAsBefore) {
   EXPECT_FALSE(torch::allclose(a, start));
 }
 
+TEST(DiodeMix, O5StateOfFewBitsTrainsAndIsSmall) {
+  for (const int64_t bits : {32, 16, 8}) {
+    torch::manual_seed(8);
+    const Tensor x = torch::randn({256, 64}), target = torch::randn({4, 64}).sign();
+    const Tensor y = x.matmul(target.t()) / 8;
+    PackedWeight weight = packed(torch::randn({4, 64}), "sign");
+    weight.scales.fill_(0.25);  // values -1/8 and 1/8
+    PackedWeight table = packed(torch::randn({1000, 64}), "sign");
+    const Tensor dense = torch::randn({4, 64}).mul_(0.2).requires_grad_();
+    DiodeMix optimizer({dense}, DiodeMixOptions(1e-2).betas({0.9, 0.95}).state_bits(bits));
+    optimizer.add_packed(weight);
+    optimizer.add_packed(table);
+    double first = 0, last = 0;
+    for (int step = 0; step < 150; ++step) {
+      const Tensor loss = optimizer.step([&] {
+        optimizer.zero_grad();
+        const Tensor l = torch::mse_loss(subbyte::linear(x, weight), y) + torch::mse_loss(x.matmul(dense.t()), y);
+        l.backward();
+        table.handle().mutable_grad() = torch::sparse_coo_tensor(torch::tensor({{7}}), torch::ones({1, 64}), {1000, 64});
+        return l;
+      });
+      (step == 0 ? first : last) = loss.item<double>();
+    }
+    EXPECT_LT(last, 0.05 * first) << bits;
+    EXPECT_TRUE(table.dequantize()[7].lt(0).all().item<bool>()) << bits;
+    int64_t bytes = 0, elements = 0;
+    for (const auto& [key, slot] : optimizer.state()) {
+      const auto& state = static_cast<const subbyte::optim::DiodeMixParamState&>(*slot);
+      for (const Tensor& t : {state.exp_avg_l(), state.exp_avg_s(), state.exp_avg_l_absmax(), state.exp_avg_s_absmax()})
+        if (t.defined()) bytes += int64_t(t.nbytes());
+      elements += (state.exp_avg_l().defined() ? state.exp_avg_l().numel() : 0) + state.exp_avg_s().numel();
+    }
+    EXPECT_GE(bytes, elements * bits / 8);
+    EXPECT_LT(double(bytes), 1.03 * double(elements * bits) / 8) << bits;
+    std::stringstream file;
+    torch::save(optimizer, file);
+    DiodeMix other({dense}, DiodeMixOptions(9.0));
+    other.add_packed(weight);
+    other.add_packed(table);
+    torch::load(other, file);
+    EXPECT_EQ(static_cast<DiodeMixOptions&>(other.param_groups()[0].options()).state_bits(), bits);
+    other.step();
+  }
+}
+
+TEST(Moments, FewBitsKeepTheMeanOfManyRoundings) {
+  torch::manual_seed(9);
+  const Tensor value = torch::randn({3, 100}, torch::kDouble), square = value.square();
+  for (const int64_t bits : {8, 16}) {
+    Tensor sum = torch::zeros_like(value), sum_of_squares = torch::zeros_like(value);
+    constexpr int kRounds = 2000;
+    for (int i = 0; i < kRounds; ++i) {
+      sum += loaded_moment(stored_moment(value, bits), bits, torch::kDouble);
+      sum_of_squares += loaded_moment(stored_moment(square, bits, false), bits, torch::kDouble, false);
+    }
+    // The widest step of the grids: 1/127 of a block's largest, 4/255 of it near 1 for fourth powers, 2^-7 relative for 16
+    // bits.
+    const double top = value.abs().max().item<double>(), top_square = square.max().item<double>();
+    const double sigmas = 6 / (2 * std::sqrt(kRounds));
+    const double step = bits == 8 ? top / 127 : top / 128, step_square = bits == 8 ? 4.0 / 255 * top_square : top_square / 128;
+    EXPECT_LT((sum / kRounds - value).abs().max().item<double>(), sigmas * step) << bits;
+    EXPECT_LT((sum_of_squares / kRounds - square).abs().max().item<double>(), sigmas * step_square) << bits;
+  }
+  const Tensor small = torch::tensor({1.0f, 1e-8f, 0.0f});
+  const Tensor kept = loaded_moment(stored_moment(small, 8, false), 8, torch::kFloat, false);
+  EXPECT_GT(kept[1].item<float>(), 0);  // a second moment of 0 would make a step infinite
+  EXPECT_EQ(kept[2].item<float>(), 0);
+}
+
 TEST(DiodeMix, O3ProjectsMatricesOfEveryShapeAndNothingElse) {
   torch::manual_seed(6);
   for (const char* type : {"std", "reverse_std", "right", "left", "full"}) {
@@ -197,6 +269,7 @@ TEST(DiodeMix, RefusesOptionsOutOfRange) {
   EXPECT_THROW(DiodeMix({p}, DiodeMixOptions().betas({1.0, 0.5})), c10::ValueError);
   EXPECT_THROW(DiodeMix({p}, DiodeMixOptions().eps(-1.0)), c10::ValueError);
   EXPECT_THROW(DiodeMix({p}, DiodeMixOptions().rank(1).proj_type("up")), c10::ValueError);
+  EXPECT_THROW(DiodeMix({p}, DiodeMixOptions().state_bits(4)), c10::ValueError);
 }
 
 TEST(GaLoreProjector, ProjectsOnSingularVectorsOfTheSideOfItsType) {
