@@ -51,7 +51,7 @@ void BinaryWeightModule::reset() {
   bias_a.zero_();
   if (bias.defined()) bias.zero_();
   scale_a.fill_(1.0);
-  scale_w.fill_(1.0);
+  set_weight_scale();
   prepared.fill_(false);
   scale_initialized.fill_(false);
   prepared_ = scale_known_ = false;
@@ -60,12 +60,14 @@ void BinaryWeightModule::reset() {
 void BinaryWeightModule::prepare_params() {
   if (!float_weight_ || prepared_) return;
   const torch::NoGradGuard no_grad;
-  if (weight.numel() > 0) {
-    scale_w.copy_(weight.to(torch::kFloat).abs().mean().clamp_min(1e-12));
-    weight.sub_(weight.mean());
-  }
+  set_weight_scale();
+  if (weight.numel() > 0) weight.sub_(weight.mean());
   prepared.fill_(true);
   prepared_ = true;
+}
+
+void BinaryWeightModule::set_weight_scale() {
+  scale_w.copy_(weight.numel() > 0 ? weight.to(torch::kFloat).abs().mean().clamp_min(1e-12) : torch::ones({}));
 }
 
 void BinaryWeightModule::initialize_scale(const torch::Tensor& x) {

@@ -2,6 +2,7 @@
 // gradients: subbyte_torch/ops/binary.h.
 #pragma once
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
@@ -21,9 +22,9 @@ namespace subbyte::nn {
 // torch::save and torch::load keep all of it; an archive without a float weight loads into a module that has one, and back.
 class BinaryWeightModule : public torch::nn::Module {
  public:
-  // Fresh weights, kaiming_uniform(sqrt(5)); scales 1.
+  // Fresh weights, kaiming_uniform(sqrt(5)), scale_w = mean|W|, scale_a 1.
   void reset();
-  // Once, before training: scale_w = mean|W|, then W - mean(W). Later calls do nothing.
+  // Once, before training, after the weight has been written to: scale_w = mean|W|, then W - mean(W). Later calls do nothing.
   void prepare_params();
   // scale_a = 2 mean|x|, 4 mean|x| when not symmetric. forward does it with the first batch in training.
   void initialize_scale(const torch::Tensor& x);
@@ -55,6 +56,7 @@ class BinaryWeightModule : public torch::nn::Module {
 
  private:
   void convert(std::optional<torch::Device> device, std::optional<torch::Dtype> dtype, bool non_blocking);
+  void set_weight_scale();
   void read_flags();
 
   std::vector<int64_t> weight_shape_;
@@ -171,6 +173,9 @@ class BinaryAttentionImpl : public torch::nn::Module {
   BinaryLinear q_linear{nullptr}, k_linear{nullptr}, v_linear{nullptr}, out_linear{nullptr};
   BinaryMatmul scores{nullptr};
   torch::nn::Dropout dropout{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())})
 };
 TORCH_MODULE(BinaryAttention);
 

@@ -1,5 +1,7 @@
 #include "subbyte_torch/nn/binary_embedding.h"
 
+#include <cstring>
+#include <limits>
 #include <ostream>
 
 #include "subbyte_torch/ops/embedding.h"
@@ -14,7 +16,13 @@ const BinaryEmbeddingOptions& checked(const char* name, const BinaryEmbeddingOpt
                     ", expected below num_embeddings = ", options.num_embeddings);
   TORCH_CHECK_VALUE(options.mode == "majority" || options.mode == "sum" || options.mode == "mean", name, ": mode is '",
                     options.mode, "', expected majority, sum or mean");
+  TORCH_CHECK_VALUE(!options.train_scale || std::strcmp(name, "BinaryEmbedding") == 0, name,
+                    ": train_scale is true, expected false: the scales of bags are not trained");
   return options;
+}
+
+int64_t drawn_seed() {
+  return torch::randint(std::numeric_limits<int64_t>::max(), {1}, torch::dtype(torch::kLong)).item<int64_t>();
 }
 
 PackedWeight packed(const torch::Tensor& w, int64_t padding_idx) {
@@ -38,6 +46,7 @@ void print(std::ostream& stream, const char* name, const BinaryEmbeddingOptions&
   stream << "subbyte::nn::" << name << "(num_embeddings=" << o.num_embeddings << ", embedding_dim=" << o.embedding_dim;
   if (o.padding_idx >= 0) stream << ", padding_idx=" << o.padding_idx;
   stream << ", gradient=" << (o.sparse ? "sparse" : "dense");
+  if (o.train_scale) stream << ", train_scale=true";
 }
 
 }  // namespace
@@ -72,10 +81,28 @@ torch::Tensor RowMomentum::slots_of(const torch::Tensor& touched, const torch::T
 }
 
 template <class Derived>
+void BinaryTable<Derived>::place(const torch::Tensor& w) {
+  PackedWeight p = packed(w, options.padding_idx);
+  if (options.train_scale) {  // the table holds signs, by which the parameter is multiplied
+    const torch::Tensor scale = p.scales.div(2);
+    if (const torch::Tensor* present = this->parameters_.find("scale")) present->detach().copy_(scale);
+    else trained_scale_ = this->register_parameter("scale", scale);
+    p.scales.fill_(2);
+  }
+  if (this->weight_.codes.defined()) {
+    this->weight_.codes.copy_(p.codes);
+    this->weight_.scales.copy_(p.scales);
+  } else {
+    this->set_weight(std::move(p));
+  }
+  momentum = RowMomentum();
+}
+
+template <class Derived>
 void BinaryTable<Derived>::reset() {
   const torch::NoGradGuard no_grad;
-  this->set_weight(packed(torch::randn({options.num_embeddings, options.embedding_dim}), options.padding_idx));
-  momentum = RowMomentum();
+  this->weight_ = PackedWeight();  // a clone registers tensors of its own
+  place(torch::randn({options.num_embeddings, options.embedding_dim}));
 }
 
 template <class Derived>
@@ -86,11 +113,11 @@ void BinaryTable<Derived>::reset_parameters(const torch::Tensor& w) {
       "reset_parameters: w is ", w.scalar_type(), " ", w.sizes(), ", expected floating point [", options.num_embeddings, ", ",
       options.embedding_dim, "]");
   torch::Tensor centred = w.detach().to(this->weight_.codes.device(), torch::kFloat);
+  const torch::Tensor wrong = centred.isfinite().logical_not_().nonzero();
+  TORCH_CHECK_VALUE(wrong.size(0) == 0, "reset_parameters: w[", wrong[0][0].template item<int64_t>(), ", ",
+                    wrong[0][1].template item<int64_t>(), "] is not finite, expected finite numbers");
   if (centred.numel() > 0) centred = centred - centred.mean();
-  const PackedWeight p = packed(centred, options.padding_idx);
-  this->weight_.codes.copy_(p.codes);
-  this->weight_.scales.copy_(p.scales);
-  momentum = RowMomentum();
+  place(centred);
 }
 
 template <class Derived>
@@ -114,7 +141,7 @@ void BinaryTable<Derived>::update_(const BinaryUpdate& update) {
     TORCH_CHECK_VALUE(update.lr >= 0 && update.lr <= 1, "update_: lr is ", update.lr, ", expected 0 <= lr <= 1");
     const torch::Tensor slots = momentum.slots_of(rows, codes, options.embedding_dim);
     ops::embedding_update_(codes, rows, signs, options.embedding_dim, update.rule, mask, momentum.momentum, slots,
-                           127 * update.lr, update.beta, update.seed, update.offset);
+                           127 * update.lr, update.beta, update.seed.has_value() ? *update.seed : drawn_seed(), update.offset);
   } else {
     ops::embedding_update_(codes, rows, signs, options.embedding_dim, update.rule, mask);
   }
@@ -137,8 +164,11 @@ void BinaryEmbeddingImpl::pretty_print(std::ostream& stream) const {
 }
 
 torch::Tensor BinaryEmbeddingImpl::forward(const torch::Tensor& indices) {
-  return ops::embedding(indices, weight_.handle(), weight_.codes, weight_.scales, std::nullopt, std::nullopt, std::nullopt,
-                        weight_.format, weight_.in_features, weight_.group_size, options.padding_idx, options.sparse);
+  const torch::Tensor y =
+      ops::embedding(indices, weight_.handle(), weight_.codes, weight_.scales, std::nullopt, std::nullopt, std::nullopt,
+                     weight_.format, weight_.in_features, weight_.group_size, options.padding_idx, options.sparse);
+  if (!trained_scale_.defined()) return y;
+  return y * torch::embedding(trained_scale_, indices, options.padding_idx, /*scale_grad_by_freq=*/false, options.sparse);
 }
 
 BinaryEmbedding BinaryEmbedding::from_float(const torch::nn::Embedding& layer) {
@@ -165,11 +195,12 @@ void BinaryEmbeddingBagImpl::pretty_print(std::ostream& stream) const {
   stream << ", mode=" << options.mode << ")";
 }
 
-torch::Tensor BinaryEmbeddingBagImpl::forward(const torch::Tensor& indices, const OptionalTensor& offsets,
-                                              const OptionalTensor& per_sample_weights) {
-  return ops::embedding_bag(indices, offsets, weight_.handle(), weight_.codes, weight_.scales, std::nullopt, std::nullopt,
-                            std::nullopt, weight_.format, weight_.in_features, weight_.group_size, options.mode,
-                            per_sample_weights, options.padding_idx, options.sparse);
+torch::Tensor BinaryEmbeddingBagImpl::forward(const torch::Tensor& indices, const torch::Tensor& offsets,
+                                              const torch::Tensor& per_sample_weights) {
+  const auto present = [](const torch::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+  return ops::embedding_bag(indices, present(offsets), weight_.handle(), weight_.codes, weight_.scales, std::nullopt,
+                            std::nullopt, std::nullopt, weight_.format, weight_.in_features, weight_.group_size, options.mode,
+                            present(per_sample_weights), options.padding_idx, options.sparse);
 }
 
 }  // namespace subbyte::nn

@@ -1,5 +1,6 @@
 // Embedding tables of one bit a weight, and bags of them, that train by moving the bits of the rows a batch touched.
 #pragma once
+#include <torch/nn/modules/common.h>
 #include <torch/nn/modules/embedding.h>
 #include <torch/nn/pimpl.h>
 
@@ -18,6 +19,8 @@ struct BinaryEmbeddingOptions {
   int64_t padding_idx = -1;
   // The gradient is a sparse COO tensor of the touched rows; otherwise dense.
   bool sparse = true;
+  // BinaryEmbedding alone: the factors of the rows are a parameter `scale` [V, 1], dL/dscale[t] = sum of G (2 bit - 1).
+  bool train_scale = false;
   // BinaryEmbeddingBag alone: "majority", "sum" or "mean".
   std::string mode = "majority";
 };
@@ -26,7 +29,9 @@ struct BinaryEmbeddingOptions {
 struct BinaryUpdate {
   std::string rule = "momentum";  // or "descent", "xor"
   double lr = 1.0, beta = 0.99;   // of the average; lr in [0, 1]
-  int64_t seed = 0, offset = 0;   // of the rounding of the average
+  // Of the rounding of the average; none: drawn from PyTorch's default CPU generator, another one at every step.
+  std::optional<int64_t> seed = std::nullopt;
+  int64_t offset = 0;
 };
 
 // int8 moving averages of the signs of gradients, one row for each table row that was ever touched. A row that comes for the
@@ -50,14 +55,20 @@ class BinaryTable : public PackedModule<Derived> {
   void reset() override;
   // Packs float [V, D]: W' = W - mean(W), row padding_idx 0, bit = W' >= 0, scale of a row = mean |W'| over its D columns.
   void reset_parameters(const torch::Tensor& w);
-  // The factor of each row [V, 1]: value = scale (2 bit - 1).
-  torch::Tensor scale() const { return this->weight_.scales.div(2); }
-  // Moves the bits of the rows that the gradient touched, and drops the gradient. Elements whose gradient is 0 stay.
+  // The factor of each row [V, 1]: value = scale (2 bit - 1). The parameter itself where it is trained.
+  torch::Tensor scale() const { return trained_scale_.defined() ? trained_scale_ : this->weight_.scales.div(2); }
+  // Moves the bits of the rows that the gradient touched, and drops the gradient. Elements whose gradient is 0, NaN or infinite
+  // stay.
   void update_(const BinaryUpdate& update = {});
 
   BinaryEmbeddingOptions options;
   // State of rule "momentum"; not part of the archive.
   RowMomentum momentum;
+
+ protected:
+  // Puts the table of float values into the module.
+  void place(const torch::Tensor& w);
+  torch::Tensor trained_scale_;
 };
 
 // y[..., d] = scale[t] (2 bit[t, d] - 1), t = indices[...]
@@ -87,8 +98,11 @@ class BinaryEmbeddingBagImpl : public BinaryTable<BinaryEmbeddingBagImpl> {
   explicit BinaryEmbeddingBagImpl(const BinaryEmbeddingOptions& options);
   void pretty_print(std::ostream& stream) const override;
   // indices [bags, L], or [count] with offsets [bags]; per_sample_weights like indices, mode sum alone.
-  torch::Tensor forward(const torch::Tensor& indices, const OptionalTensor& offsets = std::nullopt,
-                        const OptionalTensor& per_sample_weights = std::nullopt);
+  torch::Tensor forward(const torch::Tensor& indices, const torch::Tensor& offsets = {},
+                        const torch::Tensor& per_sample_weights = {});
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())})
 };
 TORCH_MODULE(BinaryEmbeddingBag);
 

@@ -9,6 +9,7 @@
 #include "subbyte_torch/nn/linear.h"
 #include "subbyte_torch/nn/mpq_linear.h"
 #include "subbyte_torch/nn/quantize.h"
+#include "subbyte_torch/ops/embedding.h"
 
 namespace subbyte::nn {
 namespace {
@@ -149,6 +150,33 @@ Linear Linear::drop_residual() const {
 
 // ---- Embedding
 
+namespace {
+
+PackedWeight fresh_table(const EmbeddingOptions& options) {
+  const torch::NoGradGuard no_grad;
+  torch::Tensor dense = torch::randn({options.num_embeddings, options.embedding_dim});
+  if (options.padding_idx >= 0 && options.padding_idx < options.num_embeddings) dense[options.padding_idx].zero_();
+  return PackedWeight::quantize(dense, options.quantize);
+}
+
+void print_table(std::ostream& stream, const char* name, const EmbeddingOptions& options, const PackedWeight& weight) {
+  stream << "subbyte::nn::" << name << "(num_embeddings=" << options.num_embeddings
+         << ", embedding_dim=" << options.embedding_dim;
+  if (options.padding_idx >= 0) stream << ", padding_idx=" << options.padding_idx;
+  if (options.sparse) stream << ", sparse=true";
+  stream << ", format=" << weight.format << ", group_size=" << weight.group_size;
+}
+
+template <class Options>
+void refuse_options(const char* name, const Options& options) {
+  TORCH_CHECK_VALUE(!options.max_norm().has_value(), name, ": the layer has max_norm, which packed tables do not apply");
+  TORCH_CHECK_VALUE(!options.scale_grad_by_freq(), name, ": the layer has scale_grad_by_freq, which packed tables do not have");
+}
+
+OptionalTensor present(const torch::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+}  // namespace
+
 EmbeddingImpl::EmbeddingImpl(const EmbeddingOptions& options_) : options(options_) { reset(); }
 
 EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx, bool sparse)
@@ -159,17 +187,11 @@ EmbeddingImpl::EmbeddingImpl(PackedWeight weight, int64_t padding_idx, bool spar
   set_weight(std::move(weight));
 }
 
-void EmbeddingImpl::reset() {
-  const torch::NoGradGuard no_grad;
-  torch::Tensor dense = torch::randn({options.num_embeddings, options.embedding_dim});
-  if (options.padding_idx >= 0 && options.padding_idx < options.num_embeddings) dense[options.padding_idx].zero_();
-  set_weight(PackedWeight::quantize(dense, options.quantize));
-}
+void EmbeddingImpl::reset() { set_weight(fresh_table(options)); }
 
 void EmbeddingImpl::pretty_print(std::ostream& stream) const {
-  stream << "subbyte::nn::Embedding(num_embeddings=" << options.num_embeddings << ", embedding_dim=" << options.embedding_dim;
-  if (options.padding_idx >= 0) stream << ", padding_idx=" << options.padding_idx;
-  stream << ", format=" << weight_.format << ", group_size=" << weight_.group_size << ")";
+  print_table(stream, "Embedding", options, weight_);
+  stream << ")";
 }
 
 torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) {
@@ -177,8 +199,7 @@ torch::Tensor EmbeddingImpl::forward(const torch::Tensor& indices) {
 }
 
 Embedding Embedding::from_float(const torch::nn::Embedding& layer, const QuantizeOptions& quantize) {
-  TORCH_CHECK_VALUE(!layer->options.max_norm().has_value(),
-                    "Embedding: the layer has max_norm, which packed tables do not apply");
+  refuse_options("Embedding", layer->options);
   return Embedding(std::make_shared<EmbeddingImpl>(PackedWeight::quantize(layer->weight, quantize),
                                                    layer->options.padding_idx().value_or(-1), layer->options.sparse()));
 }
@@ -190,8 +211,56 @@ Embedding Embedding::drop_residual() const {
   return out;
 }
 
+// ---- EmbeddingBag
+
+EmbeddingBagImpl::EmbeddingBagImpl(const EmbeddingBagOptions& options_) : options(options_) { reset(); }
+
+EmbeddingBagImpl::EmbeddingBagImpl(PackedWeight weight, const EmbeddingBagOptions& options_) : options(options_) {
+  TORCH_CHECK_VALUE(options.mode == "sum" || options.mode == "mean", "EmbeddingBag: mode is '", options.mode,
+                    "', expected sum or mean");
+  options.num_embeddings = weight.out_features();
+  options.embedding_dim = weight.in_features;
+  options.quantize = options_of(weight);
+  set_weight(std::move(weight));
+}
+
+void EmbeddingBagImpl::reset() {
+  TORCH_CHECK_VALUE(options.mode == "sum" || options.mode == "mean", "EmbeddingBag: mode is '", options.mode,
+                    "', expected sum or mean");
+  set_weight(fresh_table(options));
+}
+
+void EmbeddingBagImpl::pretty_print(std::ostream& stream) const {
+  print_table(stream, "EmbeddingBag", options, weight_);
+  stream << ", mode=" << options.mode << ")";
+}
+
+torch::Tensor EmbeddingBagImpl::forward(const torch::Tensor& indices, const torch::Tensor& offsets,
+                                        const torch::Tensor& per_sample_weights) {
+  return ops::embedding_bag(
+      indices, present(offsets), present(torch::GradMode::is_enabled() ? weight_.handle() : torch::Tensor()), weight_.codes,
+      weight_.scales, present(weight_.zeros), present(weight_.offsets), present(weight_.perm), weight_.format,
+      weight_.in_features, weight_.group_size, options.mode, present(per_sample_weights), options.padding_idx, options.sparse);
+}
+
+EmbeddingBag EmbeddingBag::from_float(const torch::nn::EmbeddingBag& layer, const QuantizeOptions& quantize) {
+  refuse_options("EmbeddingBag", layer->options);
+  TORCH_CHECK_VALUE(!layer->options.include_last_offset(),
+                    "EmbeddingBag: the layer has include_last_offset, which packed tables "
+                    "do not have");
+  EmbeddingBagOptions options(layer->options.num_embeddings(), layer->options.embedding_dim());
+  const auto& mode = layer->options.mode();
+  options.mode = std::holds_alternative<torch::enumtype::kSum>(mode)    ? "sum"
+                 : std::holds_alternative<torch::enumtype::kMean>(mode) ? "mean"
+                                                                        : "max";
+  options.padding_idx = layer->options.padding_idx().value_or(-1);
+  options.sparse = layer->options.sparse();
+  return EmbeddingBag(std::make_shared<EmbeddingBagImpl>(PackedWeight::quantize(layer->weight, quantize), options));
+}
+
 template class PackedModule<LinearImpl>;
 template class PackedModule<EmbeddingImpl>;
+template class PackedModule<EmbeddingBagImpl>;
 template class PackedModule<MPQLinearImpl>;
 template class PackedModule<BinaryEmbeddingImpl>;
 template class PackedModule<BinaryEmbeddingBagImpl>;
@@ -213,20 +282,19 @@ void quantize_children(torch::nn::Module& module, const std::string& prefix, con
     for (torch::nn::AnyModule& child : *sequential) {
       const std::string index = std::to_string(i++), name = prefix + index;
       const std::shared_ptr<torch::nn::Module> pointer = child.ptr();
-      if (const auto linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(pointer);
-          linear && !skipped(name, options.skip)) {
-        Linear packed = Linear::from_float(torch::nn::Linear(linear), options.quantize, options.activation_bits);
-        packed->train(linear->is_training());
+      const auto replace = [&, sequential](auto packed) {
+        packed->train(pointer->is_training());
         child = torch::nn::AnyModule(packed.ptr());
         sequential->replace_module(index, packed.ptr());
         report.replaced.push_back(name);
-      } else if (const auto table = std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(pointer);
-                 table && options.embeddings && !skipped(name, options.skip)) {
-        Embedding packed = Embedding::from_float(torch::nn::Embedding(table), options.quantize);
-        packed->train(table->is_training());
-        child = torch::nn::AnyModule(packed.ptr());
-        sequential->replace_module(index, packed.ptr());
-        report.replaced.push_back(name);
+      };
+      const bool wanted = !skipped(name, options.skip), table_wanted = wanted && options.embeddings;
+      if (const auto linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(pointer); linear && wanted) {
+        replace(Linear::from_float(torch::nn::Linear(linear), options.quantize, options.activation_bits));
+      } else if (const auto table = std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(pointer); table && table_wanted) {
+        replace(Embedding::from_float(torch::nn::Embedding(table), options.quantize));
+      } else if (const auto bag = std::dynamic_pointer_cast<torch::nn::EmbeddingBagImpl>(pointer); bag && table_wanted) {
+        replace(EmbeddingBag::from_float(torch::nn::EmbeddingBag(bag), options.quantize));
       } else {
         quantize_children(*pointer, name + ".", options, report);
       }
@@ -236,7 +304,9 @@ void quantize_children(torch::nn::Module& module, const std::string& prefix, con
   for (const auto& child : module.named_children()) {
     const std::string name = prefix + child.key();
     const bool is_linear = std::dynamic_pointer_cast<torch::nn::LinearImpl>(child.value()) != nullptr;
-    const bool is_table = options.embeddings && std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(child.value()) != nullptr;
+    const bool is_table =
+        options.embeddings && (std::dynamic_pointer_cast<torch::nn::EmbeddingImpl>(child.value()) != nullptr ||
+                               std::dynamic_pointer_cast<torch::nn::EmbeddingBagImpl>(child.value()) != nullptr);
     if ((is_linear || is_table) && !skipped(name, options.skip)) report.out_of_reach.push_back(name);
     else quantize_children(*child.value(), name + ".", options, report);
   }

@@ -143,4 +143,61 @@ TEST(Modules, EmbeddingPaddingRowGetsNoGradient) {
   EXPECT_EQ(packed->grad()[1].sum().item<float>(), 8.0f);
 }
 
+TEST(Modules, BagsOfAnyWidthEqualTorchsOnTheDequantizedTable) {
+  torch::manual_seed(6);
+  const Tensor indices = torch::tensor({3, 4, 29, 3, 0, 4, 4}), offsets = torch::tensor({0, 3, 3, 5});
+  for (const int b : {1, 3, 8})
+    for (const bool sparse : {false, true})
+      for (const bool mean : {false, true}) {
+        torch::nn::EmbeddingBagOptions o(30, 20);
+        o.padding_idx(4).sparse(sparse);
+        if (mean) o.mode(torch::kMean);
+        else o.mode(torch::kSum);
+        torch::nn::EmbeddingBag dense(o);
+        subbyte::nn::EmbeddingBag bag = subbyte::nn::EmbeddingBag::from_float(dense, bits(b, 10));
+        dense->weight.set_data(bag->weight().dequantize());
+        const Tensor y = bag->forward(indices, offsets), wanted = dense->forward(indices, offsets), g = torch::randn({4, 20});
+        EXPECT_TRUE(torch::allclose(y, wanted, 1e-5, 1e-6)) << b << sparse << mean;
+        y.backward(g);
+        wanted.backward(g);
+        ASSERT_EQ(bag->grad().is_sparse(), sparse);
+        const auto values = [&](const Tensor& t) { return sparse ? t.to_dense() : t; };
+        EXPECT_TRUE(torch::allclose(values(bag->grad()), values(dense->weight.grad()), 1e-5, 1e-6)) << b << sparse << mean;
+        if (!mean) {
+          const Tensor rows = indices.slice(0, 0, 6).view({2, 3}), weights = torch::rand({2, 3});
+          EXPECT_TRUE(torch::allclose(bag->forward(rows, {}, weights), dense->forward(rows, {}, weights), 1e-5, 1e-6));
+        }
+      }
+  EXPECT_THROW(subbyte::nn::EmbeddingBag(30, 20)->forward(torch::tensor({{30}})), c10::IndexError);
+  subbyte::nn::EmbeddingBagOptions wrong(3, 4);
+  wrong.mode = "max";
+  EXPECT_THROW(subbyte::nn::EmbeddingBag{wrong}, c10::ValueError);
+  using torch::nn::EmbeddingBagOptions;
+  for (const auto& o : {EmbeddingBagOptions(3, 4).mode(torch::kMax), EmbeddingBagOptions(3, 4).max_norm(1.0),
+                        EmbeddingBagOptions(3, 4).include_last_offset(true).mode(torch::kSum),
+                        EmbeddingBagOptions(3, 4).scale_grad_by_freq(true).mode(torch::kSum)})
+    EXPECT_THROW(subbyte::nn::EmbeddingBag::from_float(torch::nn::EmbeddingBag(o)), c10::ValueError);
+  EXPECT_THROW(
+      subbyte::nn::Embedding::from_float(torch::nn::Embedding(torch::nn::EmbeddingOptions(3, 4).scale_grad_by_freq(true))),
+      c10::ValueError);
+}
+
+TEST(Modules, SparseTablesHaveGradientsOfTheRowsThatWereLookedUp) {
+  torch::nn::Sequential model(torch::nn::Embedding(torch::nn::EmbeddingOptions(40, 16).sparse(true)),
+                              torch::nn::Embedding(torch::nn::EmbeddingOptions(40, 16)),
+                              torch::nn::EmbeddingBag(torch::nn::EmbeddingBagOptions(40, 16).sparse(true).mode(torch::kSum)));
+  subbyte::nn::QuantizeModuleOptions options;
+  options.quantize = bits(4);
+  options.embeddings = true;
+  EXPECT_EQ(subbyte::nn::quantize_(*model, options).replaced, (std::vector<std::string>{"0", "1", "2"}));
+  auto& table = model->at<subbyte::nn::EmbeddingImpl>(0);
+  auto& bag = model->at<subbyte::nn::EmbeddingBagImpl>(2);
+  EXPECT_FALSE(model->at<subbyte::nn::EmbeddingImpl>(1).options.sparse);
+  for (const Tensor& y : {table.forward(torch::tensor({7, 3, 7})), bag.forward(torch::tensor({{7, 3, 7}}))}) y.sum().backward();
+  for (const Tensor& g : {table.grad(), bag.grad()}) {
+    ASSERT_TRUE(g.is_sparse());
+    EXPECT_TRUE(torch::equal(g.coalesce().indices()[0], torch::tensor({3, 7})));
+  }
+}
+
 }  // namespace

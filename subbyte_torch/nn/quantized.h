@@ -9,6 +9,7 @@
 #pragma once
 #include <torch/expanding_array.h>
 #include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
 #include <torch/nn/modules/conv.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
@@ -220,6 +221,10 @@ class QuantizedAttentionImpl : public torch::nn::Cloneable<QuantizedAttentionImp
   QuantizedAttentionOptions options;
   QuantizedLinear q_proj{nullptr}, k_proj{nullptr}, v_proj{nullptr}, out_proj{nullptr};
   QuantizedMatmul scores{nullptr}, context{nullptr};
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(torch::Tensor())}, {2, torch::nn::AnyValue(torch::Tensor())},
+                           {3, torch::nn::AnyValue(torch::Tensor())}, {4, torch::nn::AnyValue(false)})
 };
 TORCH_MODULE(QuantizedAttention);
 

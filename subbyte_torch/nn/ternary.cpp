@@ -18,6 +18,8 @@ PackedWeight pack_ternary(const torch::Tensor& trits, const torch::Tensor& gamma
   const int64_t k = trits.size(-1), rows = trits.dim() == 2 ? trits.size(0) : trits.size(0) * trits.size(1);
   TORCH_CHECK_VALUE(gamma.is_floating_point() && gamma.numel() == rows, "pack_ternary: gamma is ", gamma.scalar_type(), " ",
                     gamma.sizes(), ", expected floating point of ", rows, " numbers");
+  TORCH_CHECK_VALUE(gamma.isfinite().all().item<bool>(),
+                    "pack_ternary: gamma holds a NaN or infinity, expected finite numbers");
   PackedWeight out;
   out.codes = ops::pack(trits.reshape({rows, k}).to(torch::kChar).add(1).to(torch::kByte), "ternary");
   const torch::Tensor scales = gamma.scalar_type() == torch::kDouble ? gamma.to(torch::kFloat) : gamma;
@@ -71,6 +73,11 @@ void TernaryLinear<Derived>::check_options() const {
   TORCH_CHECK_VALUE(bits == 0 || (packed ? bits == 8 : bits >= 2 && bits <= 24), module_name(), ": activation_bits is ", bits,
                     packed ? ", expected 0 or 8 for packed weights" : ", expected 0 or 2 to 24");
   TORCH_CHECK_VALUE(options.terms >= 1, module_name(), ": terms is ", options.terms, ", expected at least 1");
+  TORCH_CHECK_VALUE(options.method == "absmean" || options.method == "threshold", module_name(), ": method is '",
+                    options.method, "', expected absmean or threshold");
+  TORCH_CHECK_VALUE(options.threshold >= 0, module_name(), ": threshold is ", options.threshold, ", expected at least 0");
+  TORCH_CHECK_VALUE(options.in_features >= 0 && options.out_features >= 0, module_name(), ": the weight is [",
+                    options.out_features, ", ", options.in_features, "], expected no negative size");
 }
 
 template <class Derived>
@@ -158,6 +165,17 @@ torch::Tensor TernaryLinear<Derived>::forward(const torch::Tensor& x) {
   return ops::multi_ternary_linear(x, trains ? OptionalTensor(w.handle()) : std::nullopt, w.codes, w.scales,
                                    given_tensor(w.zeros), given_tensor(w.offsets), given_tensor(w.perm), w.format,
                                    w.in_features, w.group_size, options.terms, given_tensor(bias), options.activation_bits);
+}
+
+template <class Derived>
+void TernaryLinear<Derived>::load(torch::serialize::InputArchive& archive) {
+  for (const auto& own : this->named_parameters(/*recurse=*/false)) {  // read apart first
+    torch::Tensor stored;
+    archive.read(own.key(), stored);
+    TORCH_CHECK_VALUE(stored.sizes() == own->sizes(), "load: ", own.key(), " is ", stored.sizes(), " in the archive, ",
+                      own->sizes(), " in the module");
+  }
+  torch::nn::Module::load(archive);
 }
 
 template <class Derived>

@@ -5,6 +5,7 @@
 #include <torch/nn/cloneable.h>
 #include <torch/nn/modules/linear.h>
 #include <torch/nn/pimpl.h>
+#include <torch/serialize/archive.h>
 
 #include <iosfwd>
 #include <string>
@@ -58,6 +59,8 @@ class TernaryLinear : public torch::nn::Cloneable<Derived> {
   void reset() override;
   torch::Tensor forward(const torch::Tensor& x);
   void pretty_print(std::ostream& stream) const override;
+  // c10::ValueError for values of another shape, which leave the module as it was.
+  void load(torch::serialize::InputArchive& archive) override;
 
   // Changes the state; latent values are packed, or made of the packed ones. Parameters are other tensors from then on.
   void enter(TernaryState state);
