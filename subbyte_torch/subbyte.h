@@ -14,5 +14,7 @@
 #include "subbyte_torch/optim/galore.h"         // IWYU pragma: export
 #include "subbyte_torch/optim/mpq_update.h"     // IWYU pragma: export
 #include "subbyte_torch/optim/packed_adamw.h"   // IWYU pragma: export
+#include "subbyte_torch/optim/packed_lion.h"    // IWYU pragma: export
+#include "subbyte_torch/optim/packed_sgd.h"     // IWYU pragma: export
 #include "subbyte_torch/packed_weight.h"        // IWYU pragma: export
 #include "subbyte_torch/version.h"              // IWYU pragma: export

@@ -160,7 +160,9 @@ void optim::mpq_update_(PackedWeight& weight, const torch::Tensor& grad, const t
   TORCH_CHECK_VALUE(step >= 1, "mpq_update_: step is ", step, ", expected at least 1");
   TORCH_CHECK_VALUE(!weight.residual.defined(),
                     "mpq_update_: weight has a residual, which the MPQ rule does not know: use drop_residual() first");
-  TORCH_CHECK_VALUE(o.lr >= 0, "mpq_update_: lr is ", o.lr, ", expected at least 0");
+  TORCH_CHECK_VALUE(o.lr >= 0 && std::isfinite(o.lr), "mpq_update_: lr is ", o.lr, ", expected a number of at least 0");
+  TORCH_CHECK_VALUE(o.weight_decay >= 0 && std::isfinite(o.weight_decay), "mpq_update_: weight_decay is ", o.weight_decay,
+                    ", expected a number of at least 0");
   TORCH_CHECK_VALUE(o.zeros_every >= 0, "mpq_update_: zeros_every is ", o.zeros_every, ", expected at least 0");
   const torch::NoGradGuard no_grad;
   at::Tensor r = ops::mpq_moments_(exp_avg, exp_avg_sq, grad, o.beta1, o.beta2, o.eps);
