@@ -175,6 +175,14 @@ void TernaryLinear<Derived>::load(torch::serialize::InputArchive& archive) {
     TORCH_CHECK_VALUE(stored.sizes() == own->sizes(), "load: ", own.key(), " is ", stored.sizes(), " in the archive, ",
                       own->sizes(), " in the module");
   }
+  if (options.state != TernaryState::kLatent) {
+    torch::serialize::InputArchive child;
+    torch::Tensor codes;
+    archive.read("packed", child);
+    child.read("codes", codes, /*is_buffer=*/true);
+    TORCH_CHECK_VALUE(codes.sizes() == packed_->weight().codes.sizes(), "load: packed.codes is ", codes.sizes(),
+                      " in the archive, ", packed_->weight().codes.sizes(), " in the module");
+  }
   torch::nn::Module::load(archive);
 }
 

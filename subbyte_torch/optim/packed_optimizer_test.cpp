@@ -131,6 +131,45 @@ void check_update_in_backward(Options options) {
 TEST(PackedSGD, UpdateInBackwardHasTheBitsOfTheOrdinaryMode) { check_update_in_backward<PackedSGD>(sgd(0.1)); }
 TEST(PackedLion, UpdateInBackwardHasTheBitsOfTheOrdinaryMode) { check_update_in_backward<PackedLion>(PackedLionOptions(1e-3)); }
 
+// What the optimizer does to codes is its operation with seed and (position << 40 | step), which Python's optimizers pass too.
+TEST(PackedSGD, CodesAreThoseOfTheOperation) {
+  torch::manual_seed(3);
+  const Tensor dense = torch::randn({6, 40}), g1 = torch::randn({6, 40}), g2 = torch::randn({6, 40});
+  PackedWeight ours = PackedWeight::quantize(dense), theirs = ours.clone();
+  ours.handle();  // the optimizer holds a copy, which shares the handle that exists
+  const Tensor ordinary = torch::zeros({3}).requires_grad_();
+  PackedSGD optimizer({{{}, {ordinary}, std::nullopt}, {{ours}, {}, std::nullopt}},
+                      sgd(0.3, "float32").dampening(0.25).weight_decay(0.1).seed(7));
+  const Tensor m = torch::zeros({6, 40});
+  for (int64_t step : {1, 2}) {
+    ours.handle().mutable_grad() = step == 1 ? g1 : g2;
+    optimizer.step();
+    subbyte::ops::packed_sgd_(theirs.codes, theirs.scales, std::nullopt, theirs.offsets, std::nullopt, theirs.format, 40,
+                              theirs.group_size, step == 1 ? g1 : g2, m, std::nullopt, 0.3, 0.9, step == 1 ? 0.0 : 0.25, false,
+                              0.1, 7, int64_t(1) << 40 | step, false, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                              0);
+    EXPECT_TRUE(torch::equal(ours.codes, theirs.codes)) << step;
+  }
+  EXPECT_EQ(optimizer.state_bytes(), 6 * 40 * 4);
+}
+
+TEST(PackedLion, CodesAreThoseOfTheOperation) {
+  torch::manual_seed(3);
+  const Tensor dense = torch::randn({6, 40}), g = torch::randn({6, 40});
+  PackedWeight ours = PackedWeight::quantize(dense), theirs = ours.clone();
+  ours.handle();
+  PackedLion optimizer({ours}, {}, PackedLionOptions(0.05).threshold(0.02).weight_decay(0.1).moment("float32").seed(2));
+  const Tensor m = torch::zeros({6, 40});
+  for (int64_t step : {1, 2}) {
+    ours.handle().mutable_grad() = g;
+    optimizer.step();
+    subbyte::ops::packed_sign_(theirs.codes, theirs.scales, std::nullopt, theirs.offsets, std::nullopt, theirs.format, 40,
+                               theirs.group_size, g, m, std::nullopt, 0.05, 0.9, 0.99, 0.02, 0.1, 2, step, false, std::nullopt,
+                               std::nullopt, std::nullopt, std::nullopt, 0);
+    EXPECT_TRUE(torch::equal(ours.codes, theirs.codes)) << step;
+  }
+}
+
 TEST(PackedSGD, OrdinaryParametersFollowTorchsSGD) {
   for (const bool nesterov : {false, true})
     for (const double momentum : {0.0, 0.9}) {
