@@ -34,7 +34,7 @@ TEST(BinaryModules, LinearComputesTheFormulaInTrainingInEvalAndPacked) {
   }
   const Tensor x = torch::randn({2, 3, 37});
   const Tensor wanted =
-      torch::matmul(signs(x + layer->bias_a), signs(layer->weight).t()) * (layer->scale_a * layer->scale_w) + layer->bias;
+      torch::matmul(signs(x + layer->bias_a), signs(layer->weight).t()) * layer->scale_a * layer->scale_w + layer->bias;
   EXPECT_TRUE(torch::equal(layer->forward(x), wanted));
   layer->eval();
   EXPECT_TRUE(torch::equal(layer->forward(x), wanted));
@@ -104,7 +104,7 @@ TEST(BinaryModules, Conv2dIsTheConvolutionOfSigns) {
     layer->eval();
     const Tensor padded = torch::constant_pad_nd(signs(x), {2, 2, 1, 1}, pad_value);
     const Tensor sums = torch::conv2d(padded, signs(layer->weight), {}, Sizes{2, 1}, Sizes{0, 0}, Sizes{1, 2}, 2);
-    const Tensor wanted = sums * (layer->scale_a * layer->scale_w) + layer->bias.view({1, 4, 1, 1});
+    const Tensor wanted = sums * layer->scale_a * layer->scale_w + layer->bias.view({1, 4, 1, 1});
     EXPECT_TRUE(torch::equal(layer->forward(x), wanted)) << pad_value;
     const auto copy = std::dynamic_pointer_cast<BinaryConv2dImpl>(layer->clone());
     copy->generate_quantized_weight(true);

@@ -116,7 +116,7 @@ def linear_oracle(x, w, shift, scale_a, scale_w, bias, g):
     gx = torch.where((X2 / scale_a).abs() <= 1, u, 0.0)
     v = (G.t() @ s2) * scale_a
     return {
-        "y": (sx @ sw.t()) * (scale_a * scale_w) + (0 if bias is None else bias.double()),
+        "y": (sx @ sw.t()) * scale_a * scale_w + (0 if bias is None else bias.double()),
         "x": gx.reshape(x.shape),
         "shift": gx.sum(0),
         "weight": v,
